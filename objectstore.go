@@ -8,9 +8,46 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
+	"io"
+	"iter"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/aws/ratelimit"
+	"github.com/aws/aws-sdk-go-v2/aws/retry"
+	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
+	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/credentials"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	s3types "github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"github.com/aws/smithy-go"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/pgzip"
+	_ "golang.org/x/crypto/x509roots/fallback" // the image has no CA bundle
+	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -267,4 +304,1732 @@ func (c *Cluster) storeRef(p *PluginConfiguration) *StoreRef {
 		ref.ServerName = c.Name
 	}
 	return ref
+}
+
+// ---------------------------------------------------------------------------
+// Configuration as the data plane sees it: plain values
+// ---------------------------------------------------------------------------
+
+// StoreConfig is an ObjectStore with its secrets resolved, for one server name. Two
+// equal StoreConfigs address the same objects with the same rights.
+type StoreConfig struct {
+	Name          string // namespace/name of the ObjectStore, for messages
+	ServerName    string
+	Configuration Configuration
+
+	AccessKeyID     string // empty with inheritFromIAMRole
+	SecretAccessKey string
+	SessionToken    string
+	Region          string
+	CA              []byte // PEM, added to the system's roots
+}
+
+// ResolveStore checks an ObjectStore and reads the secrets that it names. secret
+// returns one key of one Secret and words its own error; endpointCA is read through it
+// too when ca is nil.
+func ResolveStore(o *ObjectStore, serverName string, secret func(SecretKeySelector) ([]byte, error)) (StoreConfig, error) {
+	name := path.Join(o.Namespace, o.Name)
+	c := StoreConfig{Name: name, ServerName: serverName, Configuration: o.Spec.Configuration}
+	fail := func(format string, a ...any) (StoreConfig, error) {
+		return StoreConfig{}, fmt.Errorf("ObjectStore %s: "+format, append([]any{name}, a...)...)
+	}
+	conf := &o.Spec.Configuration
+	switch cred := conf.Credentials; {
+	case conf.Azure != nil || conf.Google != nil:
+		return fail("azureCredentials and googleCredentials are not supported: this plugin is S3 only, use an S3-compatible endpoint with s3Credentials")
+	case conf.ServerName != "":
+		return fail("remove configuration.serverName and set the plugin parameter serverName in the Cluster")
+	case serverName == "" || strings.Contains(serverName, "/"):
+		return fail("%q is not a server name: set the plugin parameter serverName in the Cluster", serverName)
+	case cred == nil:
+		return fail("no credentials defined: set s3Credentials to accessKeyId and secretAccessKey, or to inheritFromIAMRole")
+	case cred.InheritFromIAMRole:
+		// the default chain of the SDK; region and sessionToken are ignored, as with the original
+	case cred.AccessKeyID == nil:
+		return fail("missing access key ID: set s3Credentials.accessKeyId")
+	case cred.SecretAccessKey == nil:
+		return fail("missing secret access key: set s3Credentials.secretAccessKey")
+	default:
+		for sel, value := range map[*SecretKeySelector]*string{
+			cred.AccessKeyID: &c.AccessKeyID, cred.SecretAccessKey: &c.SecretAccessKey,
+			cred.SessionToken: &c.SessionToken, cred.Region: &c.Region,
+		} {
+			if sel == nil {
+				continue
+			}
+			b, err := secret(*sel)
+			if err != nil {
+				return StoreConfig{}, fmt.Errorf("ObjectStore %s: %w", name, err)
+			}
+			// A trailing newline from `echo key | base64` is never part of a key.
+			*value = strings.TrimSpace(string(b))
+		}
+	}
+	if conf.EndpointCA != nil {
+		ca, err := secret(*conf.EndpointCA)
+		if err != nil {
+			return StoreConfig{}, fmt.Errorf("ObjectStore %s: endpointCA: %w", name, err)
+		}
+		c.CA = ca
+	}
+	if _, _, err := splitDestination(conf.DestinationPath); err != nil {
+		return fail("%w", err)
+	}
+	return c, nil
+}
+
+// splitDestination cuts s3://bucket[/path] into bucket and path without outer slashes.
+func splitDestination(destination string) (bucket, prefix string, err error) {
+	u, err := url.Parse(destination)
+	if err != nil || u.Scheme != "s3" || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
+		return "", "", fmt.Errorf("destinationPath %q is not s3://bucket[/path]", destination)
+	}
+	return u.Host, strings.Trim(u.Path, "/"), nil
+}
+
+// commandArgs are the arguments that users of Barman put into additionalCommandArgs
+// and its sisters, parsed natively. The zero value means that none was given.
+type commandArgs struct {
+	AddressingStyle  string // auto, path, virtual
+	Profile          string
+	ReadTimeout      time.Duration
+	Encryption       string // AES256, aws:kms
+	KMSKeyID         string
+	CompressionLevel string // low, medium, high or a number
+	MinChunkSize     int64  // bytes
+	MaxArchiveSize   int64  // bytes
+	MaxBandwidth     int64  // bytes per second
+	NoPartial        bool
+	Tablespaces      map[string]string // name -> location
+	Tags             map[string]string
+	HistoryTags      map[string]string
+}
+
+// parseCommandArgs reads one of the additionalCommandArgs lists. Both spellings work,
+// --flag=value in one element and --flag, value in two. An unknown argument is an error that names it.
+func parseCommandArgs(field string, args []string) (commandArgs, error) {
+	var c commandArgs
+	fs := flag.NewFlagSet(field, flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	str := func(p *string, allowed []string, names ...string) {
+		for _, n := range names {
+			fs.Func(n, "", func(v string) error {
+				if allowed != nil && !slices.Contains(allowed, v) {
+					return fmt.Errorf("must be one of %s", strings.Join(allowed, ", "))
+				}
+				*p = v
+				return nil
+			})
+		}
+	}
+	size := func(p *int64, names ...string) {
+		for _, n := range names {
+			fs.Func(n, "", func(v string) (err error) { *p, err = parseSize(v); return err })
+		}
+	}
+	pairs := func(m *map[string]string, separator string, names ...string) {
+		for _, n := range names {
+			fs.Func(n, "", func(v string) error {
+				k, val, ok := strings.Cut(v, separator)
+				if !ok {
+					return fmt.Errorf("must be KEY%sVALUE", separator)
+				}
+				if *m == nil {
+					*m = map[string]string{}
+				}
+				(*m)[k] = val
+				return nil
+			})
+		}
+	}
+	str(&c.AddressingStyle, []string{"auto", "path", "virtual"}, "addressing-style")
+	str(&c.Profile, nil, "aws-profile", "P", "profile")
+	str(&c.Encryption, []string{"AES256", "aws:kms"}, "encryption", "e")
+	str(&c.KMSKeyID, nil, "sse-kms-key-id")
+	str(&c.CompressionLevel, nil, "compression-level")
+	size(&c.MinChunkSize, "min-chunk-size")
+	size(&c.MaxArchiveSize, "max-archive-size", "S")
+	size(&c.MaxBandwidth, "max-bandwidth")
+	pairs(&c.Tablespaces, ":", "tablespace")
+	pairs(&c.Tags, ",", "tag", "tags")
+	pairs(&c.HistoryTags, ",", "history-tag", "history-tags")
+	fs.BoolVar(&c.NoPartial, "no-partial", false, "")
+	fs.Func("read-timeout", "", func(v string) error {
+		n, err := strconv.Atoi(v)
+		if err != nil || n <= 0 {
+			return errors.New("must be a number of seconds")
+		}
+		c.ReadTimeout = time.Duration(n) * time.Second
+		return nil
+	})
+	// Accepted for the sake of old manifests, without effect here: verbosity is the
+	// sidecar's log level; the others are settings of Azure and of Python's thread pool.
+	var ignored string
+	for _, n := range []string{"v", "verbose", "vv", "q", "quiet", "qq"} {
+		fs.Bool(n, false, "")
+	}
+	str(&ignored, nil, "max-concurrency", "max-single-put-size", "max-block-size", "cloud-provider")
+
+	if err := fs.Parse(args); err != nil {
+		return c, fmt.Errorf("%s: %w", field, err)
+	}
+	if fs.NArg() > 0 {
+		return c, fmt.Errorf("%s: %q is not an argument: write --name=value, or --name and value as two list elements", field, fs.Arg(0))
+	}
+	return c, nil
+}
+
+// parseSize reads a size as Barman does, where GB and G mean 2^30 and GiB means 10^9
+// (barman.utils: check_size), except that we read GiB as 2^30 too.
+func parseSize(s string) (int64, error) {
+	m := regexp.MustCompile(`(?i)^\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])i?)?b?\s*$`).FindStringSubmatch(s)
+	if m == nil {
+		return 0, fmt.Errorf("%q is not a size such as 20MB", s)
+	}
+	f, err := strconv.ParseFloat(m[1], 64)
+	if err != nil {
+		return 0, err
+	}
+	shift := 10 * (1 + strings.Index("kmgt", strings.ToLower(m[2])))
+	if m[2] == "" {
+		shift = 0
+	}
+	return int64(f * float64(int64(1)<<shift)), nil
+}
+
+// ---------------------------------------------------------------------------
+// The S3 client
+// ---------------------------------------------------------------------------
+
+// Limits that keep a half-dead network from hanging an archive for ever. A write that
+// makes no progress for writeStall, or a reply that does not begin within readStall
+// (a server may work that long to join a large multipart upload), breaks the
+// connection; a body that stops flowing for bodyStall is opened again where it stopped.
+const (
+	dialTimeout    = 10 * time.Second
+	writeStall     = 60 * time.Second
+	readStall      = 5 * time.Minute
+	bodyStall      = 30 * time.Second
+	requestTimeout = 2 * time.Minute  // one small request, its retries included
+	maxAttempts    = 5                // of one request, by the SDK
+	maxBackoff     = 5 * time.Second  // between two attempts
+	cleanupTimeout = 30 * time.Second // for work that follows a cancellation
+)
+
+// Store reads and writes the objects of one server in one bucket. It is safe for
+// concurrent use.
+type Store struct {
+	Config StoreConfig
+
+	client         *s3.Client
+	bucket, prefix string
+	walArchive     commandArgs
+	walRestore     commandArgs
+	data           commandArgs
+	dataRestore    commandArgs
+	// noConditionalPut is set when the server answered that it has no If-None-Match.
+	noConditionalPut atomic.Bool
+}
+
+// OpenStore makes the S3 client for a configuration. It sends nothing.
+func OpenStore(ctx context.Context, c StoreConfig) (*Store, error) {
+	s := &Store{Config: c}
+	var err error
+	if s.bucket, s.prefix, err = splitDestination(c.Configuration.DestinationPath); err != nil {
+		return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
+	}
+	conf := &c.Configuration
+	if conf.WAL == nil {
+		conf.WAL = &WALConfiguration{}
+	}
+	if conf.Data == nil {
+		conf.Data = &DataConfiguration{}
+	}
+	s.Config.Configuration = *conf
+	for _, a := range []struct {
+		field string
+		list  []string
+		into  *commandArgs
+	}{
+		{"wal.archiveAdditionalCommandArgs", conf.WAL.ArchiveAdditionalCommandArgs, &s.walArchive},
+		{"wal.restoreAdditionalCommandArgs", conf.WAL.RestoreAdditionalCommandArgs, &s.walRestore},
+		{"data.additionalCommandArgs", conf.Data.AdditionalCommandArgs, &s.data},
+		{"data.restoreAdditionalCommandArgs", conf.Data.RestoreAdditionalCommandArgs, &s.dataRestore},
+	} {
+		if *a.into, err = parseCommandArgs(a.field, a.list); err != nil {
+			return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
+		}
+	}
+	for _, compression := range []string{conf.WAL.Compression, conf.Data.Compression} {
+		if _, err := codecByName(compression); err != nil {
+			return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
+		}
+	}
+	if s.client, err = s.newClient(ctx); err != nil {
+		return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
+	}
+	return s, nil
+}
+
+// anyArg returns the first value that one of the argument lists gives. How to reach the
+// store is one matter for all requests, whichever command's arguments it was put into.
+func anyArg[T comparable](s *Store, get func(*commandArgs) T) T {
+	var zero T
+	for _, a := range []*commandArgs{&s.walArchive, &s.walRestore, &s.data, &s.dataRestore} {
+		if v := get(a); v != zero {
+			return v
+		}
+	}
+	return zero
+}
+
+// newClient is the only place where an S3 client is made. The SDK's environment
+// variables (AWS_*, HTTPS_PROXY, NO_PROXY) keep their meaning wherever the ObjectStore
+// says nothing else.
+func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
+	conf := &s.Config.Configuration
+	httpClient := awshttp.NewBuildableClient().WithDialerOptions(func(d *net.Dialer) {
+		d.Timeout = dialTimeout
+	}).WithTransportOptions(func(t *http.Transport) {
+		dial := t.DialContext
+		stall := cmp.Or(anyArg(s, func(a *commandArgs) time.Duration { return a.ReadTimeout }), readStall)
+		t.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := dial(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			return &stallConn{Conn: conn, read: stall, write: writeStall}, nil
+		}
+		t.ForceAttemptHTTP2 = false // parallel parts want connections of their own
+		t.MaxIdleConnsPerHost = 64
+		t.WriteBufferSize, t.ReadBufferSize = 64<<10, 64<<10
+	})
+	options := []func(*config.LoadOptions) error{config.WithHTTPClient(httpClient)}
+	if profile := anyArg(s, func(a *commandArgs) string { return a.Profile }); profile != "" {
+		options = append(options, config.WithSharedConfigProfile(profile))
+	}
+	if s.Config.AccessKeyID != "" {
+		options = append(options, config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(
+			s.Config.AccessKeyID, s.Config.SecretAccessKey, s.Config.SessionToken)))
+	}
+	if s.Config.Region != "" {
+		options = append(options, config.WithRegion(s.Config.Region))
+	}
+	cfg, err := config.LoadDefaultConfig(ctx, options...)
+	if err != nil {
+		return nil, fmt.Errorf("load the S3 configuration from the environment: %w", err)
+	}
+	cfg.Region = cmp.Or(cfg.Region, "us-east-1")
+	if len(s.Config.CA) > 0 {
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			pool = x509.NewCertPool()
+		}
+		if !pool.AppendCertsFromPEM(s.Config.CA) {
+			return nil, fmt.Errorf("endpointCA (key %s of Secret %s) holds no PEM certificate", conf.EndpointCA.Key, conf.EndpointCA.Name)
+		}
+		// The SDK may have put another client there, with the roots of AWS_CA_BUNDLE.
+		if b, ok := cfg.HTTPClient.(*awshttp.BuildableClient); ok {
+			cfg.HTTPClient = b.WithTransportOptions(func(t *http.Transport) { t.TLSClientConfig.RootCAs = pool })
+		}
+	}
+	attempts := cmp.Or(cfg.RetryMaxAttempts, maxAttempts)
+	cfg.Retryer = func() aws.Retryer {
+		return retry.NewStandard(func(o *retry.StandardOptions) {
+			o.MaxAttempts, o.MaxBackoff = attempts, maxBackoff
+			// The budget is the number of attempts; a bucket of tokens shared by all
+			// requests would make one bad minute fail the requests of the next one.
+			o.RateLimiter = ratelimit.None
+		})
+	}
+	return s3.NewFromConfig(cfg, func(o *s3.Options) {
+		o.DisableLogOutputChecksumValidationSkipped = true
+		// Waiting for "100 Continue" costs a round trip for each segment.
+		o.ContinueHeaderThresholdBytes = -1
+		style := anyArg(s, func(a *commandArgs) string { return a.AddressingStyle })
+		if conf.EndpointURL != "" {
+			o.BaseEndpoint = aws.String(conf.EndpointURL)
+			// Many S3-compatible servers refuse the checksums that the SDK adds by default.
+			if os.Getenv("AWS_REQUEST_CHECKSUM_CALCULATION") == "" {
+				o.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
+			}
+			if os.Getenv("AWS_RESPONSE_CHECKSUM_VALIDATION") == "" {
+				o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
+			}
+		}
+		o.UsePathStyle = style == "path" || style != "virtual" && conf.EndpointURL != ""
+	}), nil
+}
+
+// stallConn breaks a connection on which a read or a write makes no progress.
+type stallConn struct {
+	net.Conn
+	read, write time.Duration
+}
+
+func (c *stallConn) Read(b []byte) (int, error) {
+	if err := c.SetReadDeadline(time.Now().Add(c.read)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(b)
+}
+
+func (c *stallConn) Write(b []byte) (int, error) {
+	if err := c.SetWriteDeadline(time.Now().Add(c.write)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(b)
+}
+
+// ---------------------------------------------------------------------------
+// Errors
+// ---------------------------------------------------------------------------
+
+// What a request to the store can come to, for errors.Is. Anything else is neither
+// known to be permanent nor known to pass.
+var (
+	errNotFound     = errors.New("no such object")
+	errNoBucket     = errors.New("no such bucket")
+	errDenied       = errors.New("access denied")
+	errPrecondition = errors.New("precondition failed")
+	errUnsupported  = errors.New("not supported by the server")
+	errTransient    = errors.New("transient failure")
+)
+
+// storeError is a failed request: what was asked of which object, what the server said, and what to do.
+type storeError struct {
+	op, url string
+	kind    error // one of the above, or nil
+	hint    string
+	err     error
+}
+
+func (e *storeError) Unwrap() []error { return []error{e.kind, e.err} }
+
+func (e *storeError) Error() string {
+	text := fmt.Sprintf("%s %s: %s", e.op, e.url, describe(e.err))
+	if e.hint != "" {
+		text += " (" + e.hint + ")"
+	}
+	return text
+}
+
+// describe shortens the SDK's error to status, code, message and request id.
+func describe(err error) string {
+	var api smithy.APIError
+	var response *awshttp.ResponseError
+	if errors.As(err, &response) && errors.As(err, &api) {
+		text := fmt.Sprintf("%d %s", response.HTTPStatusCode(), api.ErrorCode())
+		if m := api.ErrorMessage(); m != "" && m != api.ErrorCode() {
+			text += ": " + m
+		}
+		if id := response.ServiceRequestID(); id != "" {
+			text += ", request id " + id
+		}
+		return text
+	}
+	var unwrapped *smithy.OperationError
+	if errors.As(err, &unwrapped) {
+		return unwrapped.Err.Error()
+	}
+	return err.Error()
+}
+
+// wrap turns an error of the SDK into a storeError; nil stays nil.
+func (s *Store) wrap(op, key string, err error) error {
+	if err == nil {
+		return nil
+	}
+	e := &storeError{op: op, url: s.URL(key), err: err}
+	status, code := 0, ""
+	var response *awshttp.ResponseError
+	if errors.As(err, &response) {
+		status = response.HTTPStatusCode()
+	}
+	var api smithy.APIError
+	if errors.As(err, &api) {
+		code = api.ErrorCode()
+	}
+	where := cmp.Or(s.Config.Configuration.EndpointURL, "AWS")
+	var unknownCA x509.UnknownAuthorityError
+	var hostname x509.HostnameError
+	switch {
+	case code == "NoSuchBucket":
+		e.kind = errNoBucket
+		e.hint = fmt.Sprintf("bucket %q does not exist at %s: create it, or correct destinationPath of ObjectStore %s", s.bucket, where, s.Config.Name)
+	case code == "NoSuchUpload":
+		e.kind = errNotFound
+	case status == http.StatusNotFound:
+		e.kind = errNotFound
+	case status == http.StatusPreconditionFailed, code == "ConditionalRequestConflict":
+		e.kind = errPrecondition
+	case status == http.StatusNotImplemented:
+		e.kind = errUnsupported
+	case status == http.StatusForbidden, status == http.StatusUnauthorized,
+		code == "InvalidAccessKeyId", code == "SignatureDoesNotMatch", code == "XAdminUserNotFound":
+		e.kind = errDenied
+		e.hint = fmt.Sprintf("check the credentials that ObjectStore %s names, and what they may do in bucket %q", s.Config.Name, s.bucket)
+		if c := s.Config.Configuration.Credentials; c != nil && c.AccessKeyID != nil && !c.InheritFromIAMRole {
+			e.hint = fmt.Sprintf("check the keys in Secret %s that ObjectStore %s names, and what they may do in bucket %q", c.AccessKeyID.Name, s.Config.Name, s.bucket)
+		}
+	case status == http.StatusMovedPermanently, code == "AuthorizationHeaderMalformed", code == "IllegalLocationConstraintException":
+		e.hint = fmt.Sprintf("set the region of bucket %q: s3Credentials.region of ObjectStore %s", s.bucket, s.Config.Name)
+	case errors.As(err, &unknownCA), errors.As(err, &hostname):
+		e.hint = fmt.Sprintf("set endpointCA of ObjectStore %s to the CA that signed the certificate of %s", s.Config.Name, where)
+	case errors.Is(err, context.Canceled):
+	case status >= 500 || status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || code == "SlowDown" || code == "RequestTimeout":
+		e.kind = errTransient
+	case status == 0:
+		// no reply at all: name resolution, connection, reset, deadline
+		e.kind = errTransient
+		e.hint = "is " + where + " reachable from here?"
+	}
+	return e
+}
+
+// ---------------------------------------------------------------------------
+// The layout of the bucket (FORMAT: the same as Barman's). Keys are made only here.
+// ---------------------------------------------------------------------------
+
+// key joins the path of the destination, the server name and parts. There is never a leading slash.
+func (s *Store) key(parts ...string) string {
+	k := path.Join(append([]string{s.prefix, s.Config.ServerName}, parts...)...)
+	if len(parts) > 0 && strings.HasSuffix(parts[len(parts)-1], "/") {
+		k += "/"
+	}
+	return k
+}
+
+// walPrefix is the key of a WAL file without compression suffix, and so the prefix under
+// which every form of it is listed: segments, .partial and .backup files lie in a
+// directory named by the first 16 digits, history files directly under wals/.
+func (s *Store) walPrefix(name string) string {
+	if strings.HasSuffix(name, ".history") {
+		return s.key("wals", name)
+	}
+	return s.key("wals", name[:16], name)
+}
+
+// baseKey is the key of a file of base backup id; with an empty file, the backup's directory.
+func (s *Store) baseKey(id, file string) string {
+	if file == "" {
+		return s.key("base", id+"/")
+	}
+	return s.key("base", id, file)
+}
+
+// URL is how messages name an object.
+func (s *Store) URL(key string) string { return "s3://" + s.bucket + "/" + key }
+
+// ---------------------------------------------------------------------------
+// Objects
+// ---------------------------------------------------------------------------
+
+// contentSum is the name of the user metadata under which our objects carry the
+// SHA-256 of their uncompressed content, in hex. Barman ignores user metadata.
+const contentSum = "content-sha256"
+
+// object is one entry of a listing.
+type object struct {
+	Key      string
+	Size     int64
+	Modified time.Time
+}
+
+// List yields the objects under a prefix in the order of their keys, page by page, so
+// that memory stays flat at any number of objects.
+func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object, error] {
+	return func(yield func(object, error) bool) {
+		input := &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix}
+		for {
+			page, err := s.listPage(ctx, input)
+			if err != nil {
+				yield(object{}, err)
+				return
+			}
+			for _, o := range page.Contents {
+				if !yield(object{Key: *o.Key, Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)}, nil) {
+					return
+				}
+			}
+			if !aws.ToBool(page.IsTruncated) {
+				return
+			}
+			input.ContinuationToken = page.NextContinuationToken
+		}
+	}
+}
+
+// ListDirectories returns the names directly under a prefix that ends in a slash.
+func (s *Store) ListDirectories(ctx context.Context, prefix string) ([]string, error) {
+	var names []string
+	input := &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: aws.String("/")}
+	for {
+		page, err := s.listPage(ctx, input)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range page.CommonPrefixes {
+			names = append(names, strings.TrimSuffix(strings.TrimPrefix(*p.Prefix, prefix), "/"))
+		}
+		if !aws.ToBool(page.IsTruncated) {
+			return names, nil
+		}
+		input.ContinuationToken = page.NextContinuationToken
+	}
+}
+
+func (s *Store) listPage(ctx context.Context, input *s3.ListObjectsV2Input) (*s3.ListObjectsV2Output, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	page, err := s.client.ListObjectsV2(ctx, input)
+	return page, s.wrap("list", *input.Prefix, err)
+}
+
+// head is what the store says of one object.
+type head struct {
+	Size     int64
+	Metadata map[string]string // user metadata, keys in lower case
+}
+
+// Head asks for size and user metadata; errNotFound when there is no such object.
+func (s *Store) Head(ctx context.Context, key string) (head, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &s.bucket, Key: &key})
+	if err != nil {
+		return head{}, s.wrap("head", key, err)
+	}
+	return head{Size: aws.ToInt64(out.ContentLength), Metadata: lowerKeys(out.Metadata)}, nil
+}
+
+func lowerKeys(m map[string]string) map[string]string {
+	lower := make(map[string]string, len(m))
+	for k, v := range m {
+		lower[strings.ToLower(k)] = v
+	}
+	return lower
+}
+
+// CreateBucket makes the bucket in the configured region. That it exists already is no error.
+func (s *Store) CreateBucket(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	input := &s3.CreateBucketInput{Bucket: &s.bucket}
+	// us-east-1 is the one region that must not be named (S3 API, CreateBucket).
+	if region := s.client.Options().Region; region != "us-east-1" {
+		input.CreateBucketConfiguration = &s3types.CreateBucketConfiguration{LocationConstraint: s3types.BucketLocationConstraint(region)}
+	}
+	_, err := s.client.CreateBucket(ctx, input)
+	var owned *s3types.BucketAlreadyOwnedByYou
+	if errors.As(err, &owned) {
+		return nil
+	}
+	return s.wrap("create bucket", "", err)
+}
+
+// Get opens an object for reading from its beginning. A connection that breaks or
+// stalls in the middle is opened again at the offset that was reached (and only if the
+// object is still the same), so a reader sees either the whole object or an error.
+func (s *Store) Get(ctx context.Context, key string) (*objectReader, error) {
+	r := &objectReader{ctx: ctx, store: s, key: key}
+	if err := r.open(); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// objectReader is an open object. It must be closed.
+type objectReader struct {
+	Size     int64
+	Metadata map[string]string
+
+	ctx      context.Context
+	store    *Store
+	key      string
+	etag     *string
+	offset   int64
+	failures int // since the last byte that came
+	body     io.ReadCloser
+	cancel   context.CancelFunc
+	watchdog *time.Timer
+}
+
+func (r *objectReader) open() error {
+	ctx, cancel := context.WithCancel(r.ctx)
+	input := &s3.GetObjectInput{Bucket: &r.store.bucket, Key: &r.key}
+	if r.offset > 0 {
+		input.Range = aws.String(fmt.Sprintf("bytes=%d-", r.offset))
+		input.IfMatch = r.etag
+	}
+	// The watchdog guards the wait for the reply too; each attempt of the SDK resets nothing,
+	// so it allows for all of them.
+	watchdog := time.AfterFunc(requestTimeout, cancel)
+	out, err := r.store.client.GetObject(ctx, input)
+	if err != nil {
+		watchdog.Stop()
+		cancel()
+		if r.ctx.Err() == nil && ctx.Err() != nil {
+			err = fmt.Errorf("no reply within %s: %w", requestTimeout, os.ErrDeadlineExceeded)
+		}
+		return r.store.wrap("get", r.key, err)
+	}
+	if r.offset == 0 {
+		r.Size, r.Metadata, r.etag = aws.ToInt64(out.ContentLength), lowerKeys(out.Metadata), out.ETag
+	}
+	watchdog.Reset(bodyStall)
+	r.body, r.cancel, r.watchdog = out.Body, cancel, watchdog
+	return nil
+}
+
+func (r *objectReader) Read(p []byte) (int, error) {
+	for {
+		if r.body == nil { // broken before: go on where it stopped
+			if err := r.open(); err != nil {
+				return 0, err
+			}
+		}
+		r.watchdog.Reset(bodyStall)
+		n, err := r.body.Read(p)
+		r.watchdog.Stop()
+		r.offset += int64(n)
+		if n > 0 {
+			r.failures = 0
+			if err != io.EOF {
+				err = nil // if it is broken the next read will tell
+			}
+		}
+		switch {
+		case err == nil:
+			return n, nil
+		case err == io.EOF && r.offset == r.Size:
+			return n, io.EOF
+		case err == io.EOF && n > 0:
+			r.close()
+			return n, nil
+		}
+		r.close()
+		if r.failures++; r.failures >= maxAttempts || r.ctx.Err() != nil {
+			if cause := r.ctx.Err(); cause != nil {
+				err = cause
+			} else if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			} else if errors.Is(err, context.Canceled) { // by the watchdog
+				err = fmt.Errorf("no data for %s: %w", bodyStall, os.ErrDeadlineExceeded)
+			}
+			return 0, r.store.wrap("get", r.key, fmt.Errorf("broke off after %d of %d bytes: %w", r.offset, r.Size, err))
+		}
+		slog.Warn("Reading an object broke off, resuming", "object", r.store.URL(r.key), "offset", r.offset, "size", r.Size, "error", err)
+		if err := sleep(r.ctx, backoff(r.failures)); err != nil {
+			return 0, err
+		}
+	}
+}
+
+func (r *objectReader) close() {
+	if r.body != nil {
+		r.watchdog.Stop()
+		r.body.Close()
+		r.cancel()
+		r.body = nil
+	}
+}
+
+// Close ends the request. It never fails.
+func (r *objectReader) Close() error { r.close(); return nil }
+
+// backoff is the wait before the n-th retry (n from 1): 0.2 s, 0.4 s, ... at most maxBackoff.
+func backoff(n int) time.Duration {
+	return min(100*time.Millisecond<<min(n, 10), maxBackoff)
+}
+
+// sleep waits, or returns the context's error.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// chunkSize is the unit in which part buffers grow: a part holds memory for the bytes
+// it has, not for the size it might reach.
+const chunkSize = 256 << 10
+
+var chunkPool = sync.Pool{New: func() any { return new([chunkSize]byte) }}
+
+// partBuffer collects the bytes of one part or of one small object.
+type partBuffer struct {
+	chunks []*[chunkSize]byte
+	size   int
+}
+
+func (b *partBuffer) Write(p []byte) (int, error) {
+	for done := 0; done < len(p); {
+		if b.size == len(b.chunks)*chunkSize {
+			b.chunks = append(b.chunks, chunkPool.Get().(*[chunkSize]byte))
+		}
+		n := copy(b.chunks[b.size/chunkSize][b.size%chunkSize:], p[done:])
+		b.size += n
+		done += n
+	}
+	return len(p), nil
+}
+
+// ReadAt lets a body be sent again from any point, as a retry needs it.
+func (b *partBuffer) ReadAt(p []byte, off int64) (int, error) {
+	n := 0
+	for n < len(p) && int(off) < b.size {
+		chunk := b.chunks[off/chunkSize][:min(chunkSize, b.size-int(off)/chunkSize*chunkSize)]
+		c := copy(p[n:], chunk[off%chunkSize:])
+		n += c
+		off += int64(c)
+	}
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (b *partBuffer) free() {
+	for _, c := range b.chunks {
+		chunkPool.Put(c)
+	}
+	b.chunks, b.size = nil, 0
+}
+
+// putOptions say how an object is written.
+type putOptions struct {
+	Metadata map[string]string
+	IfAbsent bool // refuse with errPrecondition if the key exists, where the server can tell
+	Data     bool // base backup rather than WAL: chooses encryption and arguments
+	History  bool // timeline history file: chooses the tags
+	PartSize int  // bytes; an object of at most this size is sent in one request
+	Workers  int  // parts in flight at once; at most Workers+1 parts are in memory
+	Limiter  *rate.Limiter
+}
+
+// minPartSize is the smallest part that S3 accepts, except for the last one.
+const minPartSize = 5 << 20
+
+// maxParts is the largest number of parts of one object (S3 limits).
+const maxParts = 10_000
+
+// Put stores a small object in one request.
+func (s *Store) Put(ctx context.Context, key string, content []byte, o putOptions) error {
+	o.PartSize = max(len(content), minPartSize)
+	w := s.NewWriter(ctx, key, o)
+	if _, err := w.Write(content); err != nil {
+		w.Abort()
+		return err
+	}
+	return w.Close()
+}
+
+// NewWriter starts writing an object. The writer must be ended by Close, after which
+// the object is durable, or by Abort, after which nothing of it remains.
+func (s *Store) NewWriter(ctx context.Context, key string, o putOptions) *objectWriter {
+	o.PartSize = max(o.PartSize, minPartSize)
+	o.Workers = max(o.Workers, 1)
+	ctx, cancel := context.WithCancelCause(ctx)
+	return &objectWriter{ctx: ctx, cancel: cancel, store: s, key: key, o: o, slots: make(chan struct{}, o.Workers), part: new(partBuffer)}
+}
+
+// objectWriter sends an object part by part while it is being written, or in one
+// request when it is small. Not safe for concurrent use.
+type objectWriter struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	store  *Store
+	key    string
+	o      putOptions
+	size   int64
+
+	part     *partBuffer
+	uploadID *string
+	slots    chan struct{} // one token per part in flight
+	workers  sync.WaitGroup
+	mu       sync.Mutex
+	parts    []s3types.CompletedPart
+}
+
+func (w *objectWriter) Write(p []byte) (int, error) {
+	for done := 0; done < len(p); {
+		if err := context.Cause(w.ctx); err != nil {
+			return done, err
+		}
+		// A part is sent only when more bytes come, so that an object of exactly one
+		// part still goes in one request.
+		if w.part.size == w.o.PartSize {
+			if err := w.flush(); err != nil {
+				return done, err
+			}
+		}
+		n := min(len(p)-done, w.o.PartSize-w.part.size)
+		w.part.Write(p[done : done+n])
+		done += n
+		w.size += int64(n)
+	}
+	return len(p), nil
+}
+
+// flush hands the current part to a worker, waiting for a free one.
+func (w *objectWriter) flush() error {
+	if w.uploadID == nil {
+		input := &s3.CreateMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, Tagging: w.store.tagging(w.o)}
+		input.ServerSideEncryption, input.SSEKMSKeyId = w.store.encryption(w.o.Data)
+		out, err := w.store.client.CreateMultipartUpload(w.ctx, input)
+		if err != nil {
+			return w.store.wrap("create multipart upload", w.key, err)
+		}
+		w.uploadID = out.UploadId
+	}
+	number := int32(len(w.parts) + 1)
+	if number > maxParts {
+		return fmt.Errorf("put %s: more than %d parts of %d bytes", w.store.URL(w.key), maxParts, w.o.PartSize)
+	}
+	w.mu.Lock()
+	w.parts = append(w.parts, s3types.CompletedPart{})
+	w.mu.Unlock()
+	select {
+	case w.slots <- struct{}{}:
+	case <-w.ctx.Done():
+		return context.Cause(w.ctx)
+	}
+	part := w.part
+	w.part = new(partBuffer)
+	w.workers.Add(1)
+	go func() {
+		defer w.workers.Done()
+		defer func() { <-w.slots }()
+		defer part.free()
+		if err := w.throttle(part.size); err != nil {
+			w.cancel(err)
+			return
+		}
+		out, err := w.store.client.UploadPart(w.ctx, &s3.UploadPartInput{Bucket: &w.store.bucket, Key: &w.key, UploadId: w.uploadID,
+			PartNumber: &number, Body: io.NewSectionReader(part, 0, int64(part.size))})
+		if err != nil {
+			w.cancel(w.store.wrap(fmt.Sprintf("upload part %d of", number), w.key, err))
+			return
+		}
+		w.mu.Lock()
+		w.parts[number-1] = s3types.CompletedPart{PartNumber: &number, ETag: out.ETag,
+			ChecksumCRC32: out.ChecksumCRC32, ChecksumCRC32C: out.ChecksumCRC32C, ChecksumCRC64NVME: out.ChecksumCRC64NVME}
+		w.mu.Unlock()
+	}()
+	return nil
+}
+
+// throttle waits until the bandwidth limit admits n more bytes.
+func (w *objectWriter) throttle(n int) error {
+	for l := w.o.Limiter; l != nil && n > 0; {
+		step := min(n, l.Burst())
+		if err := l.WaitN(w.ctx, step); err != nil {
+			return err
+		}
+		n -= step
+	}
+	return nil
+}
+
+// SetMetadata adds user metadata that is only known once the content has been written.
+// It must come before Close, and it is refused when the object has already outgrown one
+// part, since S3 takes metadata at the beginning of a multipart upload.
+func (w *objectWriter) SetMetadata(name, value string) error {
+	if w.uploadID != nil {
+		return fmt.Errorf("put %s: metadata after the beginning of a multipart upload", w.store.URL(w.key))
+	}
+	w.o.Metadata = maps.Clone(w.o.Metadata)
+	if w.o.Metadata == nil {
+		w.o.Metadata = map[string]string{}
+	}
+	w.o.Metadata[name] = value
+	return nil
+}
+
+// Close sends what is left. Success means that the server has acknowledged the whole
+// object; after any error nothing of it is left behind. errPrecondition means that
+// IfAbsent was asked for and the key exists.
+func (w *objectWriter) Close() (err error) {
+	defer func() {
+		if err != nil {
+			w.Abort()
+		}
+		w.cancel(nil)
+	}()
+	condition := w.condition()
+	if w.uploadID == nil {
+		defer w.part.free()
+		if err := w.throttle(w.part.size); err != nil {
+			return err
+		}
+		for {
+			input := &s3.PutObjectInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, Tagging: w.store.tagging(w.o),
+				IfNoneMatch: condition, Body: io.NewSectionReader(w.part, 0, int64(w.part.size))}
+			input.ServerSideEncryption, input.SSEKMSKeyId = w.store.encryption(w.o.Data)
+			_, err := w.store.client.PutObject(w.ctx, input)
+			err = w.store.wrap("put", w.key, err)
+			if condition != nil && errors.Is(err, errUnsupported) {
+				w.store.noConditionalPut.Store(true)
+				condition = nil
+				continue
+			}
+			return err
+		}
+	}
+	if w.part.size > 0 {
+		if err := w.flush(); err != nil {
+			return err
+		}
+	}
+	w.workers.Wait()
+	if err := context.Cause(w.ctx); err != nil {
+		return err
+	}
+	for {
+		_, err := w.store.client.CompleteMultipartUpload(w.ctx, &s3.CompleteMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key,
+			UploadId: w.uploadID, IfNoneMatch: condition, MultipartUpload: &s3types.CompletedMultipartUpload{Parts: w.parts}})
+		err = w.store.wrap("complete multipart upload of", w.key, err)
+		switch {
+		case condition != nil && errors.Is(err, errUnsupported):
+			w.store.noConditionalPut.Store(true)
+			condition = nil
+			continue
+		case errors.Is(err, errNotFound):
+			// "No such upload" after a lost reply: an attempt of ours may have completed it.
+			if h, headErr := w.store.Head(w.ctx, w.key); headErr == nil && h.Size == w.size {
+				err = nil
+			}
+		}
+		if err == nil {
+			w.uploadID = nil
+		}
+		return err
+	}
+}
+
+// condition is the If-None-Match header, or nil where it was not asked for or the server has none.
+func (w *objectWriter) condition() *string {
+	if w.o.IfAbsent && !w.store.noConditionalPut.Load() {
+		return aws.String("*")
+	}
+	return nil
+}
+
+// Abort ends the upload and removes its parts from the server, also when the context of
+// the writer is over. It does nothing after Close.
+func (w *objectWriter) Abort() {
+	w.cancel(context.Canceled)
+	w.workers.Wait()
+	w.part.free()
+	if w.uploadID == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), cleanupTimeout)
+	defer cancel()
+	_, err := w.store.client.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, UploadId: w.uploadID})
+	if err = w.store.wrap("abort multipart upload of", w.key, err); err != nil && !errors.Is(err, errNotFound) {
+		slog.Warn("An unfinished upload stays in the bucket, where its parts take space until it is aborted",
+			"object", w.store.URL(w.key), "uploadID", *w.uploadID, "error", err)
+	}
+	w.uploadID = nil
+}
+
+// tagging is the x-amz-tagging header: the tags, which on history files the history tags replace.
+func (s *Store) tagging(o putOptions) *string {
+	args := &s.walArchive
+	if o.Data {
+		args = &s.data
+	}
+	tags := mergeTags(s.Config.Configuration.Tags, args.Tags)
+	if o.History {
+		if history := mergeTags(s.Config.Configuration.HistoryTags, args.HistoryTags); len(history) > 0 {
+			tags = history
+		}
+	}
+	if len(tags) == 0 {
+		return nil
+	}
+	values := url.Values{}
+	for k, v := range tags {
+		values.Set(k, v)
+	}
+	return aws.String(values.Encode())
+}
+
+func mergeTags(a, b map[string]string) map[string]string {
+	if len(b) == 0 {
+		return a
+	}
+	merged := maps.Clone(b)
+	maps.Copy(merged, a)
+	return merged
+}
+
+// encryption is the server-side encryption for WAL or for base backups.
+func (s *Store) encryption(data bool) (s3types.ServerSideEncryption, *string) {
+	algorithm, args := s.Config.Configuration.WAL.Encryption, &s.walArchive
+	if data {
+		algorithm, args = s.Config.Configuration.Data.Encryption, &s.data
+	}
+	algorithm = cmp.Or(algorithm, args.Encryption)
+	if args.KMSKeyID != "" {
+		return s3types.ServerSideEncryption(algorithm), aws.String(args.KMSKeyID)
+	}
+	return s3types.ServerSideEncryption(algorithm), nil
+}
+
+// sumOf is the SHA-256 of content in hex.
+func sumOf(content []byte) string {
+	sum := sha256.Sum256(content)
+	return hex.EncodeToString(sum[:])
+}
+
+// ---------------------------------------------------------------------------
+// Compression codecs
+// ---------------------------------------------------------------------------
+
+// codec is one compression format. Readers choose it by the suffix of the object's
+// name, never by the configuration, which may have changed since.
+type codec struct {
+	name, suffix string
+	newWriter    func(w io.Writer, level int) (io.WriteCloser, error)
+	newReader    func(r io.Reader) (io.ReadCloser, error)
+	// low, medium and high are what Barman's --compression-level words mean.
+	low, medium, high int
+}
+
+// codecs are all formats, "none" first.
+var codecs = []*codec{
+	{name: "", suffix: "",
+		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) { return nopWriteCloser{w}, nil },
+		newReader: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(r), nil }},
+	{name: "gzip", suffix: ".gz", low: 1, medium: 6, high: 9,
+		// One member, whose blocks are compressed in parallel: Barman cannot read several (FORMAT section 4).
+		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
+			z, err := pgzip.NewWriterLevel(w, level)
+			if err == nil {
+				err = z.SetConcurrency(chunkSize, 2)
+			}
+			return z, err
+		},
+		newReader: func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) }},
+}
+
+type nopWriteCloser struct{ io.Writer }
+
+func (nopWriteCloser) Close() error { return nil }
+
+// codecByName finds a codec by its name in the configuration.
+func codecByName(name string) (*codec, error) {
+	for _, c := range codecs {
+		if c.name == name {
+			return c, nil
+		}
+	}
+	return nil, fmt.Errorf("compression %q is not known", name)
+}
+
+// splitSuffix takes a known compression suffix off a file name.
+func splitSuffix(name string) (string, *codec) {
+	for _, c := range codecs[1:] {
+		if base, ok := strings.CutSuffix(name, c.suffix); ok {
+			return base, c
+		}
+	}
+	return name, codecs[0]
+}
+
+// compress opens a writer at a level given in Barman's words: low, medium (the default), high, or a number.
+func (c *codec) compress(w io.Writer, level string) (io.WriteCloser, error) {
+	n := c.medium
+	switch level {
+	case "", "medium":
+	case "low":
+		n = c.low
+	case "high":
+		n = c.high
+	default:
+		var err error
+		if n, err = strconv.Atoi(level); err != nil {
+			return nil, fmt.Errorf("--compression-level %q is not low, medium, high or a number", level)
+		}
+	}
+	z, err := c.newWriter(w, n)
+	if err != nil {
+		return nil, fmt.Errorf("--compression-level %s for %s: %w", cmp.Or(level, "medium"), cmp.Or(c.name, "none"), err)
+	}
+	return z, nil
+}
+
+// ---------------------------------------------------------------------------
+// backup.info
+// ---------------------------------------------------------------------------
+
+// The states of a backup that reach the bucket.
+const (
+	statusDone   = "DONE"
+	statusFailed = "FAILED"
+)
+
+const backupInfoFile = "backup.info"
+
+// BackupInfo is one backup.info. Lines that are not known here are kept as they are.
+type BackupInfo struct {
+	ID string // the directory under base/; not in the file
+
+	BackupLabel    string
+	BackupName     string
+	BeginOffset    int64
+	BeginTime      time.Time
+	BeginWAL       string
+	BeginLSN       string // %X/%X
+	ConfigFile     string
+	CopyStats      string // a Python literal
+	EndOffset      int64
+	EndTime        time.Time
+	EndWAL         string
+	EndLSN         string
+	Error          string
+	HBAFile        string
+	IdentFile      string
+	IncludedFiles  []string
+	PGData         string
+	ServerName     string // "cloud" for every backup in an object store
+	Status         string
+	SystemID       string
+	Tablespaces    []Tablespace
+	Timeline       int
+	Version        int   // server_version_num
+	WALSegmentSize int64 // bytes
+
+	// WALInBackup are segments that lie in pg_wal/ of the data archive since the WAL
+	// archive did not have them. It travels in the user metadata of the object.
+	WALInBackup []string
+
+	raw map[string]string // every line as it was read
+}
+
+// Tablespace is a tablespace outside the data directory's base/ and global/.
+type Tablespace struct {
+	Name     string
+	OID      uint32
+	Location string
+}
+
+// Done says whether the backup may be restored from.
+func (b *BackupInfo) Done() bool {
+	return b.Status == statusDone && !b.BeginTime.IsZero() && !b.EndTime.IsZero()
+}
+
+// walInBackup is the name of the user metadata that carries BackupInfo.WALInBackup.
+const walInBackup = "wal-in-backup"
+
+// backupInfoFields ties each line of the file to a field: format and parse are mirror
+// images. The set is that of Barman 3.4, since a Barman refuses fields that it does not
+// know (FORMAT section 3); nil from format means that the line is left out.
+var backupInfoFields = []struct {
+	key    string
+	format func(*BackupInfo) *string
+	parse  func(*BackupInfo, string) error
+}{
+	pythonField("backup_label", func(b *BackupInfo) *string { return &b.BackupLabel }),
+	{"backup_name",
+		func(b *BackupInfo) *string {
+			if b.BackupName == "" {
+				return nil // Barman leaves this line out, and only this one
+			}
+			return &b.BackupName
+		},
+		func(b *BackupInfo, v string) error { b.BackupName = v; return nil }},
+	intField("begin_offset", func(b *BackupInfo) *int64 { return &b.BeginOffset }),
+	timeField("begin_time", func(b *BackupInfo) *time.Time { return &b.BeginTime }),
+	textField("begin_wal", func(b *BackupInfo) *string { return &b.BeginWAL }),
+	textField("begin_xlog", func(b *BackupInfo) *string { return &b.BeginLSN }),
+	constantField("compression", "None"),
+	textField("config_file", func(b *BackupInfo) *string { return &b.ConfigFile }),
+	textField("copy_stats", func(b *BackupInfo) *string { return &b.CopyStats }),
+	constantField("deduplicated_size", "None"),
+	intField("end_offset", func(b *BackupInfo) *int64 { return &b.EndOffset }),
+	timeField("end_time", func(b *BackupInfo) *time.Time { return &b.EndTime }),
+	textField("end_wal", func(b *BackupInfo) *string { return &b.EndWAL }),
+	textField("end_xlog", func(b *BackupInfo) *string { return &b.EndLSN }),
+	textField("error", func(b *BackupInfo) *string { return &b.Error }),
+	textField("hba_file", func(b *BackupInfo) *string { return &b.HBAFile }),
+	textField("ident_file", func(b *BackupInfo) *string { return &b.IdentFile }),
+	{"included_files",
+		func(b *BackupInfo) *string {
+			if len(b.IncludedFiles) == 0 {
+				return aws.String("None")
+			}
+			quoted := make([]string, len(b.IncludedFiles))
+			for i, f := range b.IncludedFiles {
+				quoted[i] = pythonRepr(f)
+			}
+			return aws.String("[" + strings.Join(quoted, ", ") + "]")
+		},
+		func(b *BackupInfo, v string) error {
+			list, err := parsePython(v)
+			if err != nil {
+				return err
+			}
+			items, ok := list.([]any)
+			if !ok {
+				return errors.New("not a list")
+			}
+			for _, item := range items {
+				text, ok := item.(string)
+				if !ok {
+					return errors.New("not a list of strings")
+				}
+				b.IncludedFiles = append(b.IncludedFiles, text)
+			}
+			return nil
+		}},
+	constantField("mode", "None"),
+	textField("pgdata", func(b *BackupInfo) *string { return &b.PGData }),
+	textField("server_name", func(b *BackupInfo) *string { return &b.ServerName }),
+	constantField("size", "None"),
+	textField("status", func(b *BackupInfo) *string { return &b.Status }),
+	textField("systemid", func(b *BackupInfo) *string { return &b.SystemID }),
+	{"tablespaces",
+		func(b *BackupInfo) *string {
+			if len(b.Tablespaces) == 0 {
+				return aws.String("None")
+			}
+			tuples := make([]string, len(b.Tablespaces))
+			for i, t := range b.Tablespaces {
+				tuples[i] = fmt.Sprintf("(%s, %d, %s)", pythonRepr(t.Name), t.OID, pythonRepr(t.Location))
+			}
+			return aws.String("[" + strings.Join(tuples, ", ") + "]")
+		},
+		func(b *BackupInfo, v string) error {
+			list, err := parsePython(v)
+			if err != nil {
+				return err
+			}
+			items, ok := list.([]any)
+			if !ok {
+				return errors.New("not a list")
+			}
+			for _, item := range items {
+				tuple, ok := item.([]any)
+				if !ok || len(tuple) != 3 {
+					return errors.New("not a list of (name, oid, location)")
+				}
+				name, ok1 := tuple[0].(string)
+				oid, ok2 := tuple[1].(int64)
+				location, ok3 := tuple[2].(string)
+				if !ok1 || !ok2 || !ok3 || oid <= 0 || oid > 1<<32-1 {
+					return errors.New("not a list of (name, oid, location)")
+				}
+				b.Tablespaces = append(b.Tablespaces, Tablespace{name, uint32(oid), location})
+			}
+			return nil
+		}},
+	smallIntField("timeline", func(b *BackupInfo) *int { return &b.Timeline }),
+	smallIntField("version", func(b *BackupInfo) *int { return &b.Version }),
+	intField("xlog_segment_size", func(b *BackupInfo) *int64 { return &b.WALSegmentSize }),
+}
+
+type backupInfoField = struct {
+	key    string
+	format func(*BackupInfo) *string
+	parse  func(*BackupInfo, string) error
+}
+
+// textField is a line that holds plain text, None when empty. Newlines cannot be in it.
+func textField(key string, p func(*BackupInfo) *string) backupInfoField {
+	return backupInfoField{key,
+		func(b *BackupInfo) *string {
+			return aws.String(cmp.Or(strings.Map(func(r rune) rune {
+				if r == '\n' || r == '\r' {
+					return ' '
+				}
+				return r
+			}, *p(b)), "None"))
+		},
+		func(b *BackupInfo, v string) error { *p(b) = v; return nil }}
+}
+
+// pythonField is a line that holds a Python string literal.
+func pythonField(key string, p func(*BackupInfo) *string) backupInfoField {
+	return backupInfoField{key,
+		func(b *BackupInfo) *string {
+			if *p(b) == "" {
+				return aws.String("None")
+			}
+			return aws.String(pythonRepr(*p(b)))
+		},
+		func(b *BackupInfo, v string) error {
+			literal, err := parsePython(v)
+			if err != nil {
+				return err
+			}
+			text, ok := literal.(string)
+			if !ok {
+				return errors.New("not a string literal")
+			}
+			*p(b) = text
+			return nil
+		}}
+}
+
+func intField(key string, p func(*BackupInfo) *int64) backupInfoField {
+	return backupInfoField{key,
+		func(b *BackupInfo) *string { return aws.String(strconv.FormatInt(*p(b), 10)) },
+		func(b *BackupInfo, v string) (err error) { *p(b), err = strconv.ParseInt(v, 10, 64); return err }}
+}
+
+func smallIntField(key string, p func(*BackupInfo) *int) backupInfoField {
+	return backupInfoField{key,
+		func(b *BackupInfo) *string { return aws.String(strconv.Itoa(*p(b))) },
+		func(b *BackupInfo, v string) (err error) { *p(b), err = strconv.Atoi(v); return err }}
+}
+
+// constantField is a line of Barman's that we have nothing to say about.
+func constantField(key, value string) backupInfoField {
+	return backupInfoField{key, func(*BackupInfo) *string { return &value }, func(*BackupInfo, string) error { return nil }}
+}
+
+// timeField is a line that holds a time as Python prints it: 2026-11-22 15:45:15.686293+00:00.
+func timeField(key string, p func(*BackupInfo) *time.Time) backupInfoField {
+	return backupInfoField{key,
+		func(b *BackupInfo) *string {
+			t := *p(b)
+			if t.IsZero() {
+				return aws.String("None")
+			}
+			if t.Nanosecond()/1000 == 0 { // Python leaves a zero fraction out
+				return aws.String(t.UTC().Format("2006-01-02 15:04:05-07:00"))
+			}
+			return aws.String(t.UTC().Format("2006-01-02 15:04:05.000000-07:00"))
+		},
+		func(b *BackupInfo, v string) (err error) { *p(b), err = parsePythonTime(v); return err }}
+}
+
+// parsePythonTime reads what Barman of any age writes. A time without zone is taken as UTC.
+func parsePythonTime(v string) (time.Time, error) {
+	for _, layout := range []string{"2006-01-02 15:04:05Z07:00", "2006-01-02T15:04:05Z07:00", "2006-01-02 15:04:05-07",
+		"2006-01-02 15:04:05", "2006-01-02T15:04:05", time.ANSIC} {
+		if t, err := time.Parse(layout, v); err == nil { // a fraction after the seconds is accepted by Parse
+			return t, nil
+		}
+	}
+	return time.Time{}, fmt.Errorf("%q is not a time", v)
+}
+
+// marshal writes the file: one key=value line each, keys in alphabetical order. A line
+// that was read and whose meaning did not change is written as it was.
+func (b *BackupInfo) marshal() []byte {
+	lines := maps.Clone(b.raw)
+	if lines == nil {
+		lines = map[string]string{}
+	}
+	for _, f := range backupInfoFields {
+		value := f.format(b)
+		if old, ok := b.raw[f.key]; ok {
+			before := BackupInfo{}
+			if old == "None" || f.parse(&before, old) == nil {
+				if v := f.format(&before); v == value || v != nil && value != nil && *v == *value {
+					continue
+				}
+			}
+		}
+		if value == nil {
+			delete(lines, f.key)
+		} else {
+			lines[f.key] = *value
+		}
+	}
+	var out bytes.Buffer
+	for _, key := range slices.Sorted(maps.Keys(lines)) {
+		fmt.Fprintf(&out, "%s=%s\n", key, lines[key])
+	}
+	return out.Bytes()
+}
+
+// parseBackupInfo reads the file of backup id. Fields that are missing keep their zero
+// value; the segment size defaults to 16 MiB, as with Barman.
+func parseBackupInfo(id string, content []byte) (*BackupInfo, error) {
+	b := &BackupInfo{ID: id, WALSegmentSize: 16 << 20, raw: map[string]string{}}
+	for n, line := range strings.Split(string(content), "\n") {
+		line = strings.TrimSpace(line)
+		if line == "" || strings.HasPrefix(line, ";") || strings.HasPrefix(line, "#") {
+			continue
+		}
+		key, value, ok := strings.Cut(line, "=")
+		if !ok {
+			return nil, fmt.Errorf("line %d is not key=value: %.60q", n+1, line)
+		}
+		b.raw[strings.TrimSpace(key)] = strings.TrimSpace(value)
+	}
+	if len(b.raw) == 0 {
+		return nil, errors.New("it is empty")
+	}
+	for _, f := range backupInfoFields {
+		if value, ok := b.raw[f.key]; ok && value != "None" {
+			if err := f.parse(b, value); err != nil {
+				return nil, fmt.Errorf("%s=%.60s: %w", f.key, value, err)
+			}
+		}
+	}
+	return b, nil
+}
+
+// pythonRepr writes a string as Python's repr does: single quotes unless it holds one and no double quote.
+func pythonRepr(s string) string {
+	quote := byte('\'')
+	if strings.Contains(s, "'") && !strings.Contains(s, `"`) {
+		quote = '"'
+	}
+	out := []byte{quote}
+	for _, r := range s {
+		switch {
+		case r == rune(quote) || r == '\\':
+			out = append(out, '\\', byte(r))
+		case r == '\n':
+			out = append(out, `\n`...)
+		case r == '\r':
+			out = append(out, `\r`...)
+		case r == '\t':
+			out = append(out, `\t`...)
+		case r < ' ' || r == 0x7f:
+			out = fmt.Appendf(out, `\x%02x`, r)
+		case strconv.IsPrint(r):
+			out = append(out, string(r)...)
+		case r <= 0xff:
+			out = fmt.Appendf(out, `\x%02x`, r)
+		case r <= 0xffff:
+			out = fmt.Appendf(out, `\u%04x`, r)
+		default:
+			out = fmt.Appendf(out, `\U%08x`, r)
+		}
+	}
+	return string(append(out, quote))
+}
+
+// parsePython reads a Python literal made of strings, integers, None, lists and tuples:
+// string, int64, nil and []any.
+func parsePython(text string) (any, error) {
+	p := &pythonParser{text: text}
+	v, err := p.value(0)
+	if err == nil {
+		if p.space(); p.pos < len(text) {
+			err = errors.New("text after the literal")
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("Python literal, at byte %d: %w", p.pos, err)
+	}
+	return v, nil
+}
+
+type pythonParser struct {
+	text string
+	pos  int
+}
+
+func (p *pythonParser) space() {
+	for p.pos < len(p.text) && strings.IndexByte(" \t\r\n", p.text[p.pos]) >= 0 {
+		p.pos++
+	}
+}
+
+func (p *pythonParser) value(depth int) (any, error) {
+	p.space()
+	switch rest := p.text[p.pos:]; {
+	case depth > 4:
+		return nil, errors.New("nested too deeply")
+	case rest == "":
+		return nil, io.ErrUnexpectedEOF
+	case rest[0] == '[' || rest[0] == '(':
+		return p.sequence(map[byte]byte{'[': ']', '(': ')'}[rest[0]], depth)
+	case rest[0] == '\'' || rest[0] == '"':
+		return p.str()
+	case strings.HasPrefix(rest, "None"):
+		p.pos += len("None")
+		return nil, nil
+	default:
+		n := 0
+		for n < len(rest) && (rest[n] >= '0' && rest[n] <= '9' || n == 0 && rest[n] == '-') {
+			n++
+		}
+		v, err := strconv.ParseInt(rest[:n], 10, 64)
+		if err != nil {
+			return nil, errors.New("neither string, number, list nor tuple")
+		}
+		p.pos += n
+		return v, nil
+	}
+}
+
+func (p *pythonParser) sequence(end byte, depth int) (any, error) {
+	p.pos++
+	items := []any{}
+	for {
+		if p.space(); p.pos >= len(p.text) {
+			return nil, io.ErrUnexpectedEOF
+		}
+		if p.text[p.pos] == end {
+			p.pos++
+			return items, nil
+		}
+		item, err := p.value(depth + 1)
+		if err != nil {
+			return nil, err
+		}
+		items = append(items, item)
+		if p.space(); p.pos < len(p.text) && p.text[p.pos] == ',' {
+			p.pos++
+		} else if p.pos < len(p.text) && p.text[p.pos] != end {
+			return nil, errors.New("neither a comma nor the end of the list")
+		}
+	}
+}
+
+func (p *pythonParser) str() (any, error) {
+	quote := p.text[p.pos]
+	p.pos++
+	var out []byte
+	for p.pos < len(p.text) {
+		c := p.text[p.pos]
+		p.pos++
+		switch {
+		case c == quote:
+			return string(out), nil
+		case c != '\\':
+			out = append(out, c)
+			continue
+		case p.pos >= len(p.text):
+			return nil, io.ErrUnexpectedEOF
+		}
+		c = p.text[p.pos]
+		p.pos++
+		switch c {
+		case 'n':
+			out = append(out, '\n')
+		case 'r':
+			out = append(out, '\r')
+		case 't':
+			out = append(out, '\t')
+		case '\\', '\'', '"':
+			out = append(out, c)
+		case 'x', 'u', 'U':
+			digits := map[byte]int{'x': 2, 'u': 4, 'U': 8}[c]
+			if p.pos+digits > len(p.text) {
+				return nil, io.ErrUnexpectedEOF
+			}
+			code, err := strconv.ParseUint(p.text[p.pos:p.pos+digits], 16, 32)
+			if err != nil || code > 0x10ffff {
+				return nil, fmt.Errorf(`bad escape \%c`, c)
+			}
+			p.pos += digits
+			out = append(out, string(rune(code))...)
+		default:
+			return nil, fmt.Errorf(`unknown escape \%c`, c)
+		}
+	}
+	return nil, io.ErrUnexpectedEOF
+}
+
+// ---------------------------------------------------------------------------
+// The backup catalog
+// ---------------------------------------------------------------------------
+
+// Catalog is what lies under base/ of one server.
+type Catalog struct {
+	Backups    []*BackupInfo    // every readable backup.info, in the order of the ids
+	Incomplete []string         // ids without backup.info: a backup in progress, or an abandoned one
+	Unreadable map[string]error // ids whose backup.info is there but cannot be understood
+}
+
+// backupIDForm is a backup id: the time of its start, by whose text backups are ordered.
+var backupIDForm = regexp.MustCompile(`^\d{8}T\d{6}$`)
+
+const backupIDLayout = "20060102T150405"
+
+// catalogReaders is how many backup.info are fetched at once.
+const catalogReaders = 8
+
+// Catalog reads every backup.info of the server. One that cannot be understood does not hide the others.
+func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
+	ids, err := s.ListDirectories(ctx, s.key("base/"))
+	if err != nil {
+		return nil, err
+	}
+	ids = slices.DeleteFunc(ids, func(id string) bool { return !backupIDForm.MatchString(id) })
+	slices.Sort(ids)
+	infos, errs := make([]*BackupInfo, len(ids)), make([]error, len(ids))
+	slots := make(chan struct{}, catalogReaders)
+	var readers sync.WaitGroup
+	for i, id := range ids {
+		slots <- struct{}{}
+		readers.Go(func() {
+			infos[i], errs[i] = s.ReadBackupInfo(ctx, id)
+			<-slots
+		})
+	}
+	readers.Wait()
+	c := &Catalog{Unreadable: map[string]error{}}
+	for i, id := range ids {
+		switch err := errs[i]; {
+		case err == nil:
+			c.Backups = append(c.Backups, infos[i])
+		case errors.Is(err, errNotFound):
+			c.Incomplete = append(c.Incomplete, id)
+		case errors.Is(err, errBadBackupInfo):
+			c.Unreadable[id] = err
+		default:
+			return nil, err
+		}
+	}
+	return c, nil
+}
+
+// errBadBackupInfo says that a backup.info could be read but not understood.
+var errBadBackupInfo = errors.New("cannot be understood")
+
+// maxBackupInfo bounds the memory that a backup.info can take; real ones have a few kB.
+const maxBackupInfo = 4 << 20
+
+// ReadBackupInfo reads one backup.info: errNotFound when it is not there,
+// errBadBackupInfo when its text is damaged.
+func (s *Store) ReadBackupInfo(ctx context.Context, id string) (*BackupInfo, error) {
+	key := s.baseKey(id, backupInfoFile)
+	r, err := s.Get(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	content, err := io.ReadAll(io.LimitReader(r, maxBackupInfo+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(content) > maxBackupInfo {
+		return nil, fmt.Errorf("%s %w: it is larger than %d bytes", s.URL(key), errBadBackupInfo, maxBackupInfo)
+	}
+	if sum := r.Metadata[contentSum]; sum != "" && sum != sumOf(content) {
+		return nil, fmt.Errorf("%s %w: its content does not match its checksum %s", s.URL(key), errBadBackupInfo, sum)
+	}
+	b, err := parseBackupInfo(id, content)
+	if err != nil {
+		return nil, fmt.Errorf("%s %w: %w", s.URL(key), errBadBackupInfo, err)
+	}
+	if list := r.Metadata[walInBackup]; list != "" {
+		b.WALInBackup = strings.Split(list, ",")
+	}
+	return b, nil
+}
+
+// WriteBackupInfo stores a backup.info. It is the last object of a backup to be written.
+func (s *Store) WriteBackupInfo(ctx context.Context, b *BackupInfo) error {
+	content := b.marshal()
+	metadata := map[string]string{contentSum: sumOf(content)}
+	if len(b.WALInBackup) > 0 {
+		metadata[walInBackup] = strings.Join(b.WALInBackup, ",")
+	}
+	return s.Put(ctx, s.baseKey(b.ID, backupInfoFile), content, putOptions{Data: true, Metadata: metadata})
 }
