@@ -2033,3 +2033,25 @@ func (s *Store) WriteBackupInfo(ctx context.Context, b *BackupInfo) error {
 	}
 	return s.Put(ctx, s.baseKey(b.ID, backupInfoFile), content, putOptions{Data: true, Metadata: metadata})
 }
+
+// ---------------------------------------------------------------------------
+// Where the services get their stores
+// ---------------------------------------------------------------------------
+
+// configSource gives the CNPG-I services their stores and takes what they have to say
+// about them. sidecar.go has the two of them: the Kubernetes API and manifest files.
+type configSource interface {
+	// Store returns the open store for a reference, with the configuration of now. Its
+	// errors name the object that is missing or wrong and wrap errNoObject or errForbidden.
+	Store(ctx context.Context, ref StoreRef) (*Store, error)
+	// Status returns the status of an ObjectStore as it was last seen.
+	Status(ctx context.Context, objectStore string) (ObjectStoreStatus, error)
+	// UpdateRecoveryWindow changes the recovery window of one server and leaves the others alone.
+	UpdateRecoveryWindow(ctx context.Context, ref StoreRef, change func(*RecoveryWindow)) error
+}
+
+// What can be wrong with the configuration, for errors.Is.
+var (
+	errNoObject  = errors.New("not found")
+	errForbidden = errors.New("forbidden")
+)
