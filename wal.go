@@ -5,13 +5,28 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
 	"math"
+	"os"
 	"path"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
+
+	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // ---------------------------------------------------------------------------
@@ -164,4 +179,681 @@ func walPresent(ctx context.Context, s *Store, name string) (bool, error) {
 		}
 	}
 	return false, err
+}
+
+// ---------------------------------------------------------------------------
+// The header of a segment
+// ---------------------------------------------------------------------------
+
+// walPageMagics are the values of xlp_magic (XLOG_PAGE_MAGIC in PostgreSQL's
+// xlog_internal.h) whose page header has the layout read here. A segment with another
+// value is of a version that is newer than this program, or from a machine of the other
+// byte order, and is handed over unjudged.
+var walPageMagics = map[uint16]int{
+	0xD101: 12, 0xD106: 13, 0xD10D: 14, 0xD110: 15, 0xD113: 16, 0xD116: 17, 0xD118: 18,
+}
+
+const (
+	walLongHeaderSize = 40     // SizeOfXLogLongPHD
+	walLongHeaderFlag = 0x0002 // XLP_LONG_HEADER, set on the first page of each segment
+)
+
+// walHeader is the long header at the beginning of a segment (XLogLongPageHeaderData).
+// Its timeline is not read: in the first segment after a switch it is the old one.
+type walHeader struct {
+	Known       bool // whether the magic is one of walPageMagics; if not, nothing else is set
+	LongHeader  bool
+	PageAddress LSN
+	SystemID    uint64
+	SegmentSize int64
+}
+
+func parseWALHeader(b []byte) walHeader {
+	if len(b) < walLongHeaderSize || walPageMagics[binary.LittleEndian.Uint16(b)] == 0 {
+		return walHeader{}
+	}
+	return walHeader{
+		Known:       true,
+		LongHeader:  binary.LittleEndian.Uint16(b[2:])&walLongHeaderFlag != 0,
+		PageAddress: LSN(binary.LittleEndian.Uint64(b[8:])),
+		SystemID:    binary.LittleEndian.Uint64(b[24:]),
+		SegmentSize: int64(binary.LittleEndian.Uint32(b[32:])),
+	}
+}
+
+// errDamaged says that an object could be read but is not what its name says.
+var errDamaged = errors.New("damaged")
+
+// checkSegment judges a whole segment of size bytes by its name and header. systemID is
+// that of the data directory, 0 when it is not known.
+func checkSegment(name walName, header []byte, size int64, systemID uint64) error {
+	if !validSegmentSize(size) {
+		return fmt.Errorf("%w: %d bytes is not the size of a WAL segment", errDamaged, size)
+	}
+	h := parseWALHeader(header)
+	switch start := LSN(name.number(size) * uint64(size)); {
+	case !h.Known:
+		return nil
+	case !h.LongHeader:
+		return fmt.Errorf("%w: no long page header at its beginning", errDamaged)
+	case h.SegmentSize != size:
+		return fmt.Errorf("%w: it has %d bytes, and its header says %d", errDamaged, size, h.SegmentSize)
+	case h.PageAddress != start:
+		return fmt.Errorf("%w: its header says that it starts at %s, its name says %s", errDamaged, h.PageAddress, start)
+	case systemID != 0 && h.SystemID != systemID:
+		return fmt.Errorf("%w: it is of the cluster with system identifier %d, and the data directory is of %d: serverName points at the WAL of another cluster",
+			errDamaged, h.SystemID, systemID)
+	}
+	return nil
+}
+
+// systemIdentifier reads the system identifier of a data directory: the first eight
+// bytes of global/pg_control, in every version. 0 when there is none yet.
+func systemIdentifier(pgdata string) uint64 {
+	f, err := os.Open(filepath.Join(pgdata, "global", "pg_control"))
+	if err != nil {
+		return 0
+	}
+	defer f.Close()
+	var b [8]byte
+	if _, err := io.ReadFull(f, b[:]); err != nil {
+		return 0
+	}
+	return binary.LittleEndian.Uint64(b[:])
+}
+
+// ---------------------------------------------------------------------------
+// Archive
+// ---------------------------------------------------------------------------
+
+// errDifferent says that the archive holds other content under the same name.
+var errDifferent = errors.New("the archive already holds different content under this name")
+
+const (
+	// A WAL file up to walSinglePut bytes goes in one request; the part size leaves
+	// room for what an incompressible segment grows by. Larger segments go in parts.
+	walSinglePut  = 16 << 20
+	walSinglePart = walSinglePut + 1<<20
+	walPartSize   = 8 << 20
+	walWorkers    = 2
+)
+
+// archiveWAL stores the WAL file at path. When it returns nil the object is durable, and
+// it has the content of the file: a name that is already in the archive is never
+// overwritten with other content (errDifferent), whatever its compression suffix, and
+// one that holds the same content is a success. A .partial is the exception, of which
+// the newest counts.
+//
+// Where the server has no conditional PUT, two writers that archive the same name in
+// the same moment are not told apart; every server of today has it.
+func archiveWAL(ctx context.Context, s *Store, file string) (err error) {
+	start := time.Now()
+	name, err := parseWALName(filepath.Base(file))
+	if err != nil {
+		return fmt.Errorf("archive %s: %w", file, err)
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("archive %s: %w", name.Name, err)
+		}
+	}()
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	size, err := walFileSize(f, name)
+	if err != nil {
+		return err
+	}
+	codec, err := codecByName(s.Config.Configuration.WAL.Compression)
+	if err != nil {
+		return err
+	}
+
+	// What is there already is asked for while the file is being compressed.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type listing struct {
+		objects []walObject
+		err     error
+	}
+	listed := make(chan listing, 1)
+	go func() {
+		var l listing
+		if name.Kind != walPartial {
+			l.objects, l.err = walObjects(ctx, s, name.Name)
+		}
+		listed <- l
+	}()
+
+	o := putOptions{IfAbsent: name.Kind != walPartial, History: name.Kind == walHistory, PartSize: walSinglePart}
+	var sum string
+	if size > walSinglePut { // parts are sent before the end of the file is seen, and S3 wants metadata first
+		if sum, err = sumFile(f); err != nil {
+			return err
+		}
+		o.PartSize, o.Workers, o.Metadata = walPartSize, walWorkers, map[string]string{contentSum: sum}
+	}
+	key := s.walPrefix(name.Name) + codec.suffix
+	w := s.NewWriter(ctx, key, o)
+	defer w.Abort()
+	read, err := compressFile(w, f, codec, s.walArchive.CompressionLevel)
+	if err != nil {
+		return err
+	}
+	if sum == "" {
+		sum = read
+		if err := w.SetMetadata(contentSum, sum); err != nil {
+			return err
+		}
+	} else if sum != read {
+		return fmt.Errorf("%s changed while it was being read", file)
+	}
+
+	l := <-listed
+	if l.err != nil {
+		return l.err
+	}
+	if name.Kind != walPartial && slices.ContainsFunc(l.objects, func(o walObject) bool { return o.Name == name.Name }) {
+		w.Abort()
+		if err := sameContent(ctx, s, name, l.objects, f, sum); err != nil {
+			return err
+		}
+		slog.Info("WAL file was in the archive already, with the same content", "walName", name.Name)
+		return nil
+	}
+	if err := w.Close(); err != nil {
+		if name.Kind == walPartial || ctx.Err() != nil {
+			return err
+		}
+		// Somebody was faster, or the reply to a request of ours that succeeded was lost:
+		// what lies there now decides.
+		objects, listErr := walObjects(ctx, s, name.Name)
+		if listErr != nil || !slices.ContainsFunc(objects, func(o walObject) bool { return o.Name == name.Name }) {
+			return err
+		}
+		if err := sameContent(ctx, s, name, objects, f, sum); err != nil {
+			return err
+		}
+	}
+	// The segment will not be read again: leave the page cache to PostgreSQL.
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		slog.Debug("posix_fadvise failed", "file", file, "error", err)
+	}
+	slog.Info("Archived WAL file", "walName", name.Name, "object", s.URL(key), "bytes", size, "stored", w.size,
+		"seconds", time.Since(start).Seconds())
+	return nil
+}
+
+// walFileSize is the size of an open WAL file. A segment that has not the size of one is refused.
+func walFileSize(f *os.File, name walName) (int64, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	switch {
+	case !info.Mode().IsRegular():
+		return 0, fmt.Errorf("%s is not a regular file", f.Name())
+	case (name.Kind == walSegment || name.Kind == walPartial) && !validSegmentSize(info.Size()):
+		return 0, fmt.Errorf("%s has %d bytes, which is not the size of a WAL segment", f.Name(), info.Size())
+	}
+	return info.Size(), nil
+}
+
+// compressFile writes a file to w through a codec and returns the SHA-256 of its content in hex.
+func compressFile(w io.Writer, f *os.File, c *codec, level string) (string, error) {
+	z, err := c.compress(w, level)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.New()
+	_, err = io.Copy(z, io.TeeReader(f, sum))
+	if closeErr := z.Close(); err == nil {
+		err = closeErr
+	}
+	return hex.EncodeToString(sum.Sum(nil)), err
+}
+
+// sumFile is the SHA-256 of a file in hex; the file is then at its beginning again.
+func sumFile(f *os.File) (string, error) {
+	sum := sha256.New()
+	if _, err := io.Copy(sum, f); err != nil {
+		return "", err
+	}
+	_, err := f.Seek(0, io.SeekStart)
+	return hex.EncodeToString(sum.Sum(nil)), err
+}
+
+// sameContent compares what the archive holds under a name with the local file: nil when
+// every form of it has the same uncompressed content, errDifferent when one has not.
+func sameContent(ctx context.Context, s *Store, name walName, objects []walObject, f *os.File, sum string) error {
+	for _, o := range objects {
+		if o.Name != name.Name {
+			continue
+		}
+		h, err := s.Head(ctx, o.Key)
+		if err != nil {
+			return err
+		}
+		theirs := h.Metadata[contentSum]
+		var header [walLongHeaderSize]byte
+		if theirs == "" || theirs != sum { // written by Barman, or a refusal that wants an explanation
+			stored := sha256.New()
+			if err := readWAL(ctx, s, o, io.MultiWriter(stored, &headWriter{header[:0]})); err != nil {
+				if !errors.Is(err, errDamaged) {
+					return err
+				}
+				return fmt.Errorf("%w, which cannot be read: %w. Nothing was overwritten; if it is not needed, remove the object", errDifferent, err)
+			}
+			if theirs == "" {
+				theirs = hex.EncodeToString(stored.Sum(nil))
+			}
+		}
+		if theirs != sum {
+			return fmt.Errorf("%w: %s has SHA-256 %s, %s has %s. %s", errDifferent, s.URL(o.Key), theirs, f.Name(), sum,
+				explainDifference(name, header[:], f))
+		}
+	}
+	return nil
+}
+
+// headWriter keeps the first bytes of what is written, up to its capacity.
+type headWriter struct{ b []byte }
+
+func (h *headWriter) Write(p []byte) (int, error) {
+	h.b = append(h.b, p[:min(len(p), cap(h.b)-len(h.b))]...)
+	return len(p), nil
+}
+
+// explainDifference says whose segment lies in the archive and what to do about it.
+func explainDifference(name walName, stored []byte, f *os.File) string {
+	const cure = "Nothing was overwritten. Give this cluster another serverName (plugin parameter), under which it begins an archive of its own, and take a base backup"
+	var local [walLongHeaderSize]byte
+	if _, err := f.ReadAt(local[:], 0); err == nil && name.Kind == walSegment {
+		theirs, ours := parseWALHeader(stored), parseWALHeader(local[:])
+		if theirs.Known && ours.Known && theirs.SystemID != ours.SystemID {
+			return fmt.Sprintf("The archived one is of system identifier %d, this cluster has %d: another cluster writes to the same place, or this one was upgraded to a new major version, which makes a new system identifier. %s",
+				theirs.SystemID, ours.SystemID, cure)
+		}
+	}
+	return "Two clusters with the same origin write to the same place. " + cure
+}
+
+// errArchiveNotEmpty is what the empty-archive check says. Barman's words come first since alerts look for them.
+var errArchiveNotEmpty = errors.New("Expected empty archive")
+
+// checkEmptyArchive makes sure that a new cluster begins with an empty WAL archive:
+// errArchiveNotEmpty if any WAL file is there. The one exception is the file that is
+// just being archived (file, may be ""), with the same content: then an earlier attempt
+// of ours succeeded and its reply was lost. A missing bucket is made.
+func checkEmptyArchive(ctx context.Context, s *Store, file string) error {
+	prefix := s.key("wals/")
+	var own []walObject
+	for o, err := range s.List(ctx, prefix) {
+		if errors.Is(err, errNoBucket) {
+			if createErr := s.CreateBucket(ctx); createErr != nil {
+				return fmt.Errorf("%w; making it failed: %w", err, createErr)
+			}
+			slog.Warn("The bucket did not exist and was created; if its name is a typing error, correct destinationPath",
+				"bucket", s.bucket, "objectStore", s.Config.Name)
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("check that the WAL archive is empty: %w", err)
+		}
+		base, c := splitSuffix(path.Base(o.Key))
+		if _, err := parseWALName(base); err != nil {
+			continue // not a WAL file: no business of ours
+		}
+		if file == "" || base != filepath.Base(file) {
+			return fmt.Errorf("%w: %s is there. Another cluster has archived to %s: set a serverName (plugin parameter) that was not used before, "+
+				"or, if you are sure that this archive is to be continued, annotate the Cluster with %s=enabled",
+				errArchiveNotEmpty, s.URL(o.Key), s.URL(prefix), skipEmptyArchiveAnnotation)
+		}
+		own = append(own, walObject{object: o, Name: base, codec: c})
+	}
+	if len(own) == 0 {
+		return nil
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	sum, err := sumFile(f)
+	if err != nil {
+		return err
+	}
+	name, err := parseWALName(filepath.Base(file))
+	if err != nil {
+		return err
+	}
+	if err := sameContent(ctx, s, name, own, f, sum); err != nil {
+		return fmt.Errorf("%w: %w", errArchiveNotEmpty, err)
+	}
+	return nil
+}
+
+// ---------------------------------------------------------------------------
+// Restore
+// ---------------------------------------------------------------------------
+
+// forever is the patience of a recovery that would otherwise end too early.
+const forever = time.Duration(math.MaxInt64)
+
+// restoreWALOptions say how a WAL file is fetched.
+type restoreWALOptions struct {
+	SystemID uint64 // of the data directory; 0: not checked
+	// Patience is how long a failure that is not "not found" is retried. PostgreSQL
+	// takes any error as the end of the archive, so with forever even a failure that
+	// looks permanent (access denied, a damaged object) holds recovery, loudly, rather
+	// than ending it with less data than there is.
+	Patience time.Duration
+}
+
+// maxRetryPause bounds the pause between two rounds of restoreWAL.
+const maxRetryPause = 10 * time.Second
+
+// restoreWAL fetches a WAL file to the path destination, which appears complete and
+// checked or not at all. errNotFound means that the archive does not have it.
+func restoreWAL(ctx context.Context, s *Store, file, destination string, o restoreWALOptions) error {
+	name, err := parseWALName(file)
+	if err != nil {
+		return fmt.Errorf("restore %s: %w", file, err)
+	}
+	begin := time.Now()
+	for attempt := 1; ; attempt++ {
+		err := fetchWAL(ctx, s, name, destination, o.SystemID)
+		if err == nil {
+			return nil
+		}
+		err = fmt.Errorf("restore %s: %w", file, err)
+		hold := errors.Is(err, errTransient) || o.Patience == forever
+		pause := min(backoff(attempt)*2, maxRetryPause)
+		if errors.Is(err, errNotFound) || !hold || ctx.Err() != nil || time.Since(begin)+pause > o.Patience {
+			return err
+		}
+		slog.Warn("Could not restore a WAL file, trying again: PostgreSQL would take the failure for the end of the archive",
+			"walName", file, "attempt", attempt, "error", err)
+		if sleep(ctx, pause) != nil {
+			return err
+		}
+	}
+}
+
+// fetchWAL tries every stored form of a WAL file, the best one first.
+func fetchWAL(ctx context.Context, s *Store, name walName, destination string, systemID uint64) error {
+	start := time.Now()
+	objects, err := walObjects(ctx, s, name.Name)
+	if err != nil {
+		return err
+	}
+	// The segment itself before its .partial, and of several .partial the newest.
+	slices.SortStableFunc(objects, func(a, b walObject) int {
+		if a.Name != b.Name {
+			return len(a.Name) - len(b.Name)
+		}
+		return b.Modified.Compare(a.Modified)
+	})
+	if s.walRestore.NoPartial {
+		objects = slices.DeleteFunc(objects, func(o walObject) bool { return o.Name != name.Name })
+	}
+	var damaged []error
+	for _, o := range objects {
+		err := fetchWALObject(ctx, s, o, name, destination, systemID)
+		switch {
+		case err == nil:
+			slog.Info("Restored WAL file", "walName", name.Name, "object", s.URL(o.Key), "seconds", time.Since(start).Seconds())
+			return nil
+		case errors.Is(err, errDamaged):
+			damaged = append(damaged, err)
+		case errors.Is(err, errNotFound): // deleted since the listing
+		default:
+			return err
+		}
+	}
+	if len(damaged) > 0 {
+		return errors.Join(damaged...)
+	}
+	return fmt.Errorf("%w: wal %q not found at %s", errNotFound, name.Name, s.URL(s.walPrefix(name.Name)))
+}
+
+// fetchWALObject fetches one stored form to a temporary file, judges it, and renames it.
+// The file is not synced: PostgreSQL does that itself when it keeps a restored segment
+// (durable_rename in KeepFileRestoredFromArchive).
+func fetchWALObject(ctx context.Context, s *Store, o walObject, name walName, destination string, systemID uint64) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(destination), ".cnpg-"+name.Name+"-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if f.Close(); err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	var header [walLongHeaderSize]byte
+	counter := &countWriter{}
+	if err := readWAL(ctx, s, o, io.MultiWriter(f, counter, &headWriter{header[:0]})); err != nil {
+		return err
+	}
+	if name.Kind == walSegment {
+		if err := checkSegment(name, header[:], counter.n, systemID); err != nil {
+			return fmt.Errorf("%s: %w", s.URL(o.Key), err)
+		}
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), destination)
+}
+
+type countWriter struct{ n int64 }
+
+func (c *countWriter) Write(p []byte) (int, error) { c.n += int64(len(p)); return len(p), nil }
+
+// maxWALFile is the largest segment that PostgreSQL knows: more than that is no WAL file.
+const maxWALFile = 1 << 30
+
+// readWAL writes the uncompressed content of a stored WAL file to w. errDamaged means
+// that it cannot be decompressed, is too long, or does not have the checksum that it carries.
+func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) error {
+	r, err := s.Get(ctx, o.Key)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	bad := func(err error) error {
+		// An error of the transport or of the local disk is no judgement on the object.
+		var transport *storeError
+		var local *fs.PathError
+		if errors.As(err, &transport) || errors.As(err, &local) || ctx.Err() != nil {
+			return err
+		}
+		return fmt.Errorf("%s: %w: %w", s.URL(o.Key), errDamaged, err)
+	}
+	z, err := o.codec.newReader(r)
+	if err != nil {
+		return bad(err)
+	}
+	defer z.Close()
+	sum := sha256.New()
+	n, err := io.Copy(io.MultiWriter(w, sum), io.LimitReader(z, maxWALFile+1))
+	switch {
+	case err != nil:
+		return bad(err)
+	case n > maxWALFile:
+		return bad(fmt.Errorf("more than %d bytes", maxWALFile))
+	}
+	if want := r.Metadata[contentSum]; want != "" && want != hex.EncodeToString(sum.Sum(nil)) {
+		return bad(fmt.Errorf("its content does not have the SHA-256 %s that it was stored with", want))
+	}
+	return nil
+}
+
+// ---------------------------------------------------------------------------
+// The CNPG-I WAL service
+// ---------------------------------------------------------------------------
+
+const (
+	// skipEmptyArchiveAnnotation on the Cluster, set to "enabled", switches the empty-archive check off.
+	skipEmptyArchiveAnnotation = "cnpg.io/skipEmptyWalArchiveCheck"
+	// emptyArchiveMarker in PGDATA asks for the check. The instance manager makes it
+	// when a data directory is born, and removes it some time after the first success.
+	emptyArchiveMarker = ".check-empty-wal-archive"
+)
+
+// How long a failing WAL restore is retried before PostgreSQL hears of it.
+const (
+	streamingPatience = 20 * time.Second // it can go on by streaming
+	restorePatience   = time.Minute      // a standby or pg_rewind asks again by itself
+)
+
+// walService archives and restores for the instance manager that shares the Pod.
+type walService struct {
+	wal.UnimplementedWALServer
+	source   configSource
+	instance string // the name of this Pod
+	pgdata   string
+}
+
+var walCapabilities = &wal.WALCapabilitiesResult{Capabilities: []*wal.WALCapability{
+	{Type: &wal.WALCapability_Rpc{Rpc: &wal.WALCapability_RPC{Type: wal.WALCapability_RPC_TYPE_ARCHIVE_WAL}}},
+	{Type: &wal.WALCapability_Rpc{Rpc: &wal.WALCapability_RPC{Type: wal.WALCapability_RPC_TYPE_RESTORE_WAL}}},
+}}
+
+// GetCapabilities is part of the handshake before each WAL file: it only hands out a constant.
+func (w *walService) GetCapabilities(context.Context, *wal.WALCapabilitiesRequest) (*wal.WALCapabilitiesResult, error) {
+	return walCapabilities, nil
+}
+
+// Archive stores one WAL file of the cluster in its archive store. Success means that
+// the object is durable. It serves whoever asks: also a former primary that drains its
+// WAL and the designated primary of a replica cluster.
+func (w *walService) Archive(ctx context.Context, r *wal.WALArchiveRequest) (*wal.WALArchiveResult, error) {
+	cluster, err := DecodeCluster(r.ClusterDefinition)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	ref := cluster.ArchiveStore()
+	if ref == nil {
+		return nil, status.Errorf(codes.FailedPrecondition, "archive %s: Cluster %s has no enabled plugin %s with the parameter barmanObjectName",
+			filepath.Base(r.SourceFileName), cluster.Name, PluginName)
+	}
+	s, err := w.source.Store(ctx, *ref)
+	if err != nil {
+		return nil, grpcError(err)
+	}
+	check := cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled" && fileExists(filepath.Join(w.pgdata, emptyArchiveMarker))
+	if r.CheckEmptyWalArchive != nil { // operators before 1.30 leave the decision to us
+		check = *r.CheckEmptyWalArchive
+	}
+	if check {
+		if err := checkEmptyArchive(ctx, s, r.SourceFileName); err != nil {
+			return nil, grpcError(fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err))
+		}
+	}
+	if err := archiveWAL(ctx, s, r.SourceFileName); err != nil {
+		return nil, grpcError(err)
+	}
+	// The next segment may come before the instance manager removes the marker, and
+	// would then find an archive that is not empty any more.
+	if err := os.Remove(filepath.Join(w.pgdata, emptyArchiveMarker)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, grpcError(fmt.Errorf("archive %s: stored, but the marker of the empty-archive check stays: %w", filepath.Base(r.SourceFileName), err))
+	}
+	return &wal.WALArchiveResult{}, nil
+}
+
+func fileExists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// Restore fetches one WAL file. The error code NotFound means that the archive does not have it.
+func (w *walService) Restore(ctx context.Context, r *wal.WALRestoreRequest) (*wal.WALRestoreResult, error) {
+	cluster, err := DecodeCluster(r.ClusterDefinition)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	ref := restoreStore(cluster, w.instance)
+	if ref == nil {
+		return nil, status.Errorf(codes.NotFound, "wal %q not found: Cluster %s names no object store to read it from", r.SourceWalName, cluster.Name)
+	}
+	o := restoreWALOptions{SystemID: systemIdentifier(w.pgdata), Patience: restorePatience}
+	switch {
+	case r.Mode == wal.WALRestoreRequest_MODE_REWIND:
+	case cluster.Status.CurrentPrimary == "":
+		o.Patience = forever // a new cluster would open with what it has got so far
+	case streamingAvailable(cluster, w.instance):
+		o.Patience = streamingPatience
+	}
+	s, err := w.source.Store(ctx, *ref)
+	if err != nil {
+		return nil, grpcError(fmt.Errorf("restore %s: %w", r.SourceWalName, err))
+	}
+	if err := restoreWAL(ctx, s, r.SourceWalName, r.DestinationFileName, o); err != nil {
+		return nil, grpcError(err)
+	}
+	return &wal.WALRestoreResult{}, nil
+}
+
+// restoreStore chooses the store that an instance reads WAL from: the store that a
+// replica cluster follows for its (designated) primary, also while it is being
+// promoted; the recovery store while the cluster is being bootstrapped; otherwise the
+// cluster's own archive. What is not configured falls back to the next one.
+func restoreStore(c *Cluster, instance string) *StoreRef {
+	archive, recovery, source := c.ArchiveStore(), c.RecoveryStore(), c.ReplicaSourceStore()
+	order := []*StoreRef{archive, source}
+	switch c.Status.CurrentPrimary {
+	case instance:
+		order = []*StoreRef{source, archive}
+	case "":
+		order = []*StoreRef{recovery, source, archive}
+	}
+	for _, ref := range order {
+		if ref != nil {
+			return ref
+		}
+	}
+	return nil
+}
+
+// streamingAvailable says whether PostgreSQL can get WAL by streaming too: a standby of
+// a primary in the cluster, or the designated primary with a connection to its source.
+func streamingAvailable(c *Cluster, instance string) bool {
+	if c.Status.CurrentPrimary == "" {
+		return false
+	}
+	if c.Status.CurrentPrimary != instance {
+		return true
+	}
+	return c.IsReplica() && slices.ContainsFunc(c.Spec.ExternalClusters, func(e ExternalCluster) bool {
+		return e.Name == c.Spec.Replica.Source && len(e.ConnectionParameters) > 0
+	})
+}
+
+// grpcError gives an error of the data plane its gRPC code. The operator shows only the
+// text; the codes are for people and for operators to come.
+func grpcError(err error) error {
+	code := codes.Internal
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, context.Canceled):
+		code = codes.Canceled
+	case errors.Is(err, errWALName):
+		code = codes.InvalidArgument
+	case errors.Is(err, errForbidden), errors.Is(err, errNoObject), errors.Is(err, errNoBucket),
+		errors.Is(err, errArchiveNotEmpty), errors.Is(err, errDifferent):
+		code = codes.FailedPrecondition
+	case errors.Is(err, errDamaged):
+		code = codes.DataLoss
+	case errors.Is(err, errDenied):
+		code = codes.PermissionDenied
+	case errors.Is(err, errNotFound):
+		code = codes.NotFound
+	case errors.Is(err, errTransient), errors.Is(err, context.DeadlineExceeded):
+		code = codes.Unavailable
+	}
+	return status.Error(code, err.Error())
 }
