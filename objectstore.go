@@ -862,21 +862,57 @@ func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object, error
 
 // ListDirectories returns the names directly under a prefix that ends in a slash.
 func (s *Store) ListDirectories(ctx context.Context, prefix string) ([]string, error) {
-	var names []string
+	names, _, err := s.listLevel(ctx, prefix)
+	return names, err
+}
+
+// listLevel returns what lies directly under a prefix that ends in a slash: the names of
+// the directories, and the objects.
+func (s *Store) listLevel(ctx context.Context, prefix string) (directories []string, objects []object, err error) {
 	input := &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: aws.String("/")}
 	for {
 		page, err := s.listPage(ctx, input)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		for _, p := range page.CommonPrefixes {
-			names = append(names, strings.TrimSuffix(strings.TrimPrefix(*p.Prefix, prefix), "/"))
+			directories = append(directories, strings.TrimSuffix(strings.TrimPrefix(*p.Prefix, prefix), "/"))
+		}
+		for _, o := range page.Contents {
+			objects = append(objects, object{Key: *o.Key, Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)})
 		}
 		if !aws.ToBool(page.IsTruncated) {
-			return names, nil
+			return directories, objects, nil
 		}
 		input.ContinuationToken = page.NextContinuationToken
 	}
+}
+
+// maxServerNames is how many directories ServerNames looks into.
+const maxServerNames = 100
+
+// ServerNames returns the server names that have WAL or backups under the destination
+// path, for the message that the configured one has none.
+func (s *Store) ServerNames(ctx context.Context) ([]string, error) {
+	root := s.prefix
+	if root != "" {
+		root += "/"
+	}
+	directories, err := s.ListDirectories(ctx, root)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, name := range directories[:min(len(directories), maxServerNames)] {
+		inside, err := s.ListDirectories(ctx, root+name+"/")
+		if err != nil {
+			return nil, err
+		}
+		if slices.Contains(inside, "base") || slices.Contains(inside, "wals") {
+			names = append(names, name)
+		}
+	}
+	return names, nil
 }
 
 func (s *Store) listPage(ctx context.Context, input *s3.ListObjectsV2Input) (*s3.ListObjectsV2Output, error) {
