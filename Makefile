@@ -1,0 +1,41 @@
+# Targets of people: build, image, deploy-manifest. Of the project: test-api, check-manifest.
+
+VERSION   ?= 0.1.0
+ARCH      ?= amd64
+IMAGE     ?= localhost/cnpg-barman-s3:$(VERSION)
+NAMESPACE ?= cnpg-system
+
+# The time of every file in the image; the time of the last commit keeps it reproducible.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+
+BINARY  := bin/cnpg-barman-s3
+GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+
+.PHONY: build image deploy-manifest check-manifest test-api
+
+# The static binary of this machine.
+build:
+	$(GOBUILD) -o $(BINARY) .
+
+# The container image of linux/ARCH as an archive, made without a container engine.
+image:
+	GOOS=linux GOARCH=$(ARCH) $(GOBUILD) -o $(BINARY)-linux-$(ARCH) .
+	./image.sh $(BINARY)-linux-$(ARCH) $(ARCH) $(IMAGE) bin/image-$(ARCH).tar
+
+# Prints deploy.yaml for another image or the operator's other namespace:
+#   make -s deploy-manifest IMAGE=registry.example.com/cnpg-barman-s3:0.1.0 NAMESPACE=postgres
+deploy-manifest:
+	@cat crd.yaml
+	@sed -n '/^# Everything above is crd.yaml/,$$p' deploy.yaml | sed '1i---' \
+	  | sed -E 's|localhost/cnpg-barman-s3:[^ ]+|$(IMAGE)|; s|namespace: cnpg-system|namespace: $(NAMESPACE)|'
+
+# Fails when deploy.yaml is not what the target above makes of crd.yaml and VERSION.
+check-manifest:
+	@$(MAKE) -s --no-print-directory deploy-manifest | diff -u deploy.yaml - || \
+	  { echo "deploy.yaml is out of date: make -s deploy-manifest >deploy.new && mv deploy.new deploy.yaml" >&2; exit 1; }
+
+# The control plane against a disposable kube-apiserver with RBAC, named by a kubeconfig
+# with the rights of an administrator. CustomResourceDefinitions are installed into it.
+test-api: check-manifest
+	@test -n "$(TEST_API_KUBECONFIG)" || { echo "set TEST_API_KUBECONFIG to the kubeconfig of a disposable API server" >&2; exit 1; }
+	KUBECONFIG_API=$(TEST_API_KUBECONFIG) go test -count=1 -run '^TestAPI' .

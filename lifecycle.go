@@ -1,0 +1,1427 @@
+// This file is what runs beside the CloudNativePG operator: the mTLS server that the
+// operator calls before it reconciles a Cluster and before it creates a Pod or a Job,
+// the certificates of that connection, the injection of the sidecar and the RBAC that
+// lets each cluster's sidecar read its own ObjectStores and Secrets, and nothing else.
+//
+// It never touches S3 and never reads a credential. Any number of replicas may run:
+// all of them answer, and writes are idempotent and guarded by resource versions.
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cloudnative-pg/cnpg-i/pkg/identity"
+	"github.com/cloudnative-pg/cnpg-i/pkg/lifecycle"
+	"github.com/cloudnative-pg/cnpg-i/pkg/reconciler"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/util/workqueue"
+	"k8s.io/klog/v2"
+)
+
+const operatorUsage = `Usage: cnpg-barman-s3 operator [flags]
+
+Serves the CloudNativePG operator: injects the sidecar into instance Pods and restore
+Jobs, and gives each cluster's ServiceAccount the rights that its sidecar needs. Makes
+and renews the TLS Secrets of that connection, unless somebody else provides them.
+
+Environment: SIDECAR_IMAGE, the image of the sidecar (required; normally this one);
+SIDECAR_IMAGE_PULL_POLICY, its pull policy (IfNotPresent); NAMESPACE, the operator's
+namespace (default: the one of the Pod's ServiceAccount).
+
+Flags:
+`
+
+var (
+	objectStores = schema.GroupVersionResource{Group: "barmancloud.cnpg.io", Version: "v1", Resource: "objectstores"}
+	secrets      = schema.GroupVersionResource{Version: "v1", Resource: "secrets"}
+	events       = schema.GroupVersionResource{Version: "v1", Resource: "events"}
+	roles        = schema.GroupVersionResource{Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "roles"}
+	roleBindings = schema.GroupVersionResource{Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "rolebindings"}
+)
+
+const (
+	sidecarName    = "plugin-barman-cloud" // users run kubectl logs -c with it
+	sidecarBinary  = "/cnpg-barman-s3"     // the image's entrypoint, see image.sh
+	clusterLabel   = "barmancloud.cnpg.io/cluster"
+	fieldManager   = "plugin-barman-cloud"
+	requeueSeconds = 10
+	projectURL     = "https://github.com/cnpg-barman-s3/cnpg-barman-s3"
+)
+
+// operator is the state of the mode `operator`.
+type operator struct {
+	namespace       string
+	serverAddress   string
+	probeAddress    string
+	service         string // of the plugin: the name that the operator checks the server's certificate against
+	caSecret        string
+	serverSecret    string
+	clientSecret    string
+	sidecarImage    string
+	imagePullPolicy corev1.PullPolicy
+
+	client                  dynamic.Interface
+	stores, roles, bindings cache.SharedIndexInformer
+	// queue holds certificatesKey and namespace/name of Roles that may have to change.
+	queue workqueue.TypedRateLimitingInterface[string]
+	tls   atomic.Pointer[tls.Config] // nil until the certificates are there
+	// missing remembers, by the UID of the Cluster, which ObjectStore was last reported
+	// as missing, so that an Event marks the transition and not every reconciliation.
+	missing sync.Map
+
+	identity.UnimplementedIdentityServer
+}
+
+// runOperator is the subcommand `operator`. It returns nil when ctx ends.
+func runOperator(ctx context.Context, args []string) error {
+	o := &operator{}
+	fs := flag.NewFlagSet("operator", flag.ContinueOnError)
+	fs.Usage = func() {
+		fmt.Fprint(fs.Output(), operatorUsage)
+		fs.PrintDefaults()
+	}
+	logFlags(fs)
+	fs.StringVar(&o.serverAddress, "server-address", ":9090", "`address` of the gRPC server")
+	fs.StringVar(&o.probeAddress, "health-probe-bind-address", ":8081", "`address` of /healthz and /readyz; 0 serves none")
+	fs.StringVar(&o.service, "service", "barman-cloud", "`name` of the plugin's Service, or its annotation cnpg.io/pluginServerName")
+	fs.StringVar(&o.caSecret, "ca-secret", "cnpg-barman-s3-ca", "`name` of the Secret that keeps the certificate authority")
+	fs.StringVar(&o.serverSecret, "server-secret", "cnpg-barman-s3-server-tls", "`name` in the Service's annotation cnpg.io/pluginServerSecret")
+	fs.StringVar(&o.clientSecret, "client-secret", "cnpg-barman-s3-client-tls", "`name` in the Service's annotation cnpg.io/pluginClientSecret")
+	kubeconfig := fs.String("kubeconfig", "", "`file` to reach the API server with, when not in a Pod")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if fs.NArg() > 0 {
+		return fmt.Errorf("operator: unexpected argument %q", fs.Arg(0))
+	}
+	o.sidecarImage = strings.TrimSpace(os.Getenv("SIDECAR_IMAGE"))
+	if o.sidecarImage == "" {
+		return errors.New("missing required SIDECAR_IMAGE environment variable: set it to the image of this plugin")
+	}
+	o.imagePullPolicy = corev1.PullPolicy(cmp.Or(os.Getenv("SIDECAR_IMAGE_PULL_POLICY"), string(corev1.PullIfNotPresent)))
+	switch o.imagePullPolicy {
+	case corev1.PullAlways, corev1.PullIfNotPresent, corev1.PullNever:
+	default:
+		return fmt.Errorf("SIDECAR_IMAGE_PULL_POLICY is %q: set Always, IfNotPresent or Never", o.imagePullPolicy)
+	}
+	o.namespace = os.Getenv("NAMESPACE")
+	if o.namespace == "" {
+		const file = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return fmt.Errorf("set NAMESPACE to the CloudNativePG operator's namespace: %w", err)
+		}
+		o.namespace = strings.TrimSpace(string(b))
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", *kubeconfig)
+	if err != nil {
+		return fmt.Errorf("configure the Kubernetes client: %w", err)
+	}
+	return o.run(ctx, config)
+}
+
+// run serves until ctx ends.
+func (o *operator) run(ctx context.Context, config *rest.Config) error {
+	klog.SetSlogLogger(slog.Default()) // client-go logs through klog
+	config = rest.CopyConfig(config)
+	// The client's own limit of 5 requests a second would make the first pass over some
+	// hundred clusters take minutes; the API server's priority and fairness governs.
+	config.QPS = -1
+	config.UserAgent = "cnpg-barman-s3/" + version
+	client, err := dynamic.NewForConfig(config)
+	if err != nil {
+		return fmt.Errorf("configure the Kubernetes client: %w", err)
+	}
+	o.client = client
+	o.queue = workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](50*time.Millisecond, time.Minute))
+
+	ctx, cancel := context.WithCancel(ctx)
+	var background sync.WaitGroup
+	defer background.Wait()
+	defer cancel()
+	informers, err := o.startInformers(ctx, &background)
+	if err != nil {
+		return err
+	}
+	background.Go(func() {
+		<-ctx.Done()
+		o.queue.ShutDown()
+	})
+	o.queue.Add(certificatesKey)
+	background.Go(func() { o.work(ctx) })
+
+	ready := func() error {
+		if o.tls.Load() == nil {
+			return errors.New("waiting for the TLS Secrets")
+		}
+		for _, i := range informers {
+			if !i.HasSynced() {
+				return errors.New("waiting for the API server's lists")
+			}
+		}
+		return nil
+	}
+	if o.probeAddress != "" && o.probeAddress != "0" {
+		if err := serveProbes(ctx, &background, o.probeAddress, ready); err != nil {
+			return err
+		}
+	}
+
+	listener, err := net.Listen("tcp", o.serverAddress)
+	if err != nil {
+		return fmt.Errorf("serve gRPC: %w", err)
+	}
+	server := grpc.NewServer(
+		grpc.Creds(credentials.NewTLS(&tls.Config{
+			MinVersion: tls.VersionTLS13,
+			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+				if c := o.tls.Load(); c != nil {
+					return c, nil
+				}
+				return nil, errors.New("the TLS Secrets are not there yet")
+			},
+		})),
+		grpc.UnaryInterceptor(recoverPanics))
+	identity.RegisterIdentityServer(server, o)
+	lifecycle.RegisterOperatorLifecycleServer(server, operatorLifecycle{operator: o})
+	reconciler.RegisterReconcilerHooksServer(server, reconcilerHooks{operator: o})
+
+	background.Go(func() {
+		<-ctx.Done()
+		// Handlers answer within milliseconds; whoever holds on longer is cut off.
+		hardStop := time.AfterFunc(5*time.Second, server.Stop)
+		defer hardStop.Stop()
+		server.GracefulStop()
+	})
+	slog.Info("Serving the CloudNativePG operator", "address", listener.Addr().String(),
+		"version", version, "sidecarImage", o.sidecarImage)
+	if err := server.Serve(listener); err != nil {
+		return fmt.Errorf("serve gRPC: %w", err)
+	}
+	return nil
+}
+
+// serveProbes answers /healthz always and /readyz as soon as ready returns nil.
+func serveProbes(ctx context.Context, background *sync.WaitGroup, address string, ready func() error) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("serve the probes: %w", err)
+	}
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	background.Go(func() {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			slog.Error("Serving the probes ended", "error", err)
+		}
+	})
+	background.Go(func() {
+		<-ctx.Done()
+		server.Close()
+	})
+	return nil
+}
+
+// recoverPanics turns a panic in a handler into an error of that one call.
+func recoverPanics(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			slog.Error("Panic in a request", "method", info.FullMethod, "panic", fmt.Sprint(p), "stacktrace", string(debug.Stack()))
+			err = status.Errorf(codes.Internal, "%s: panic: %v", info.FullMethod, p)
+		}
+	}()
+	return handler(ctx, req)
+}
+
+// ---------------------------------------------------------------------------
+// Identity
+// ---------------------------------------------------------------------------
+
+// pluginMetadata is the same for the operator's and the sidecars' side, and what
+// `kubectl cnpg status` and the Cluster's status show.
+func pluginMetadata() *identity.GetPluginMetadataResponse {
+	return &identity.GetPluginMetadataResponse{
+		Name:          PluginName,
+		Version:       version,
+		DisplayName:   "BarmanCloudInstance",
+		ProjectUrl:    projectURL,
+		RepositoryUrl: projectURL,
+		License:       "APACHE 2.0",
+		LicenseUrl:    projectURL + "/LICENSE",
+		Maturity:      "alpha",
+	}
+}
+
+// pluginCapabilities announces services; the caller then asks each for its own capabilities.
+func pluginCapabilities(services ...identity.PluginCapability_Service_Type) *identity.GetPluginCapabilitiesResponse {
+	resp := &identity.GetPluginCapabilitiesResponse{}
+	for _, s := range services {
+		resp.Capabilities = append(resp.Capabilities, &identity.PluginCapability{
+			Type: &identity.PluginCapability_Service_{Service: &identity.PluginCapability_Service{Type: s}},
+		})
+	}
+	return resp
+}
+
+func (o *operator) GetPluginMetadata(context.Context, *identity.GetPluginMetadataRequest) (*identity.GetPluginMetadataResponse, error) {
+	return pluginMetadata(), nil
+}
+
+// GetPluginCapabilities announces, beside the two services, the injection of a sidecar
+// into instances: without it the instance manager does not ask the sidecar for metrics.
+func (o *operator) GetPluginCapabilities(context.Context, *identity.GetPluginCapabilitiesRequest) (*identity.GetPluginCapabilitiesResponse, error) {
+	return pluginCapabilities(
+		identity.PluginCapability_Service_TYPE_RECONCILER_HOOKS,
+		identity.PluginCapability_Service_TYPE_LIFECYCLE_SERVICE,
+		identity.PluginCapability_Service_TYPE_INSTANCE_SIDECAR_INJECTION), nil
+}
+
+func (o *operator) Probe(context.Context, *identity.ProbeRequest) (*identity.ProbeResponse, error) {
+	return &identity.ProbeResponse{Ready: true}, nil
+}
+
+// ---------------------------------------------------------------------------
+// Reconciler hooks: before and after the operator reconciles a Cluster
+// ---------------------------------------------------------------------------
+
+// reconcilerHooks and operatorLifecycle exist because both services have a method GetCapabilities.
+type reconcilerHooks struct {
+	*operator
+	reconciler.UnimplementedReconcilerHooksServer
+}
+
+func (h reconcilerHooks) GetCapabilities(context.Context, *reconciler.ReconcilerHooksCapabilitiesRequest) (*reconciler.ReconcilerHooksCapabilitiesResult, error) {
+	return &reconciler.ReconcilerHooksCapabilitiesResult{ReconcilerCapabilities: []*reconciler.ReconcilerHooksCapability{
+		{Kind: reconciler.ReconcilerHooksCapability_KIND_CLUSTER},
+		{Kind: reconciler.ReconcilerHooksCapability_KIND_BACKUP},
+	}}, nil
+}
+
+// Pre gives the cluster's ServiceAccount its rights before any Pod or Job of the
+// cluster exists. While an ObjectStore is missing it asks to be called again.
+func (h reconcilerHooks) Pre(ctx context.Context, req *reconciler.ReconcilerHooksRequest) (*reconciler.ReconcilerHooksResult, error) {
+	var resource metav1.TypeMeta
+	if err := json.Unmarshal(req.GetResourceDefinition(), &resource); err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "decode the resource of the request: %v", err)
+	}
+	proceed := &reconciler.ReconcilerHooksResult{Behavior: reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE}
+	if resource.Kind != "Cluster" {
+		return proceed, nil
+	}
+	cluster, err := DecodeCluster(req.GetClusterDefinition())
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	stores, err := h.storesOf(ctx, cluster)
+	var absent *storeNotFoundError
+	switch {
+	case errors.As(err, &absent):
+		h.reportMissing(ctx, cluster, absent)
+		// A plain requeue would be rate limited by the operator up to many minutes.
+		return &reconciler.ReconcilerHooksResult{
+			Behavior:     reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE,
+			RequeueAfter: requeueSeconds,
+		}, nil
+	case err != nil:
+		return nil, err
+	}
+	h.missing.Delete(cluster.UID)
+	if len(stores) == 0 {
+		return proceed, nil
+	}
+	if err := h.ensureRBAC(ctx, cluster, stores); err != nil {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	return proceed, nil
+}
+
+func (h reconcilerHooks) Post(context.Context, *reconciler.ReconcilerHooksRequest) (*reconciler.ReconcilerHooksResult, error) {
+	return &reconciler.ReconcilerHooksResult{Behavior: reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE}, nil
+}
+
+// storeNotFoundError says which ObjectStore a Cluster refers to in vain, and how to cure it.
+type storeNotFoundError struct {
+	namespace, cluster, store, role string
+}
+
+func (e *storeNotFoundError) Error() string {
+	return fmt.Sprintf("ObjectStore %s/%s not found, which Cluster %s names as its %s: create it, or correct barmanObjectName in the Cluster",
+		e.namespace, e.store, e.cluster, e.role)
+}
+
+func (e *storeNotFoundError) GRPCStatus() *status.Status {
+	return status.New(codes.NotFound, e.Error())
+}
+
+// storesOf returns the ObjectStores that the cluster refers to, each once, in the order
+// archive, recovery, replica source. The error is a *storeNotFoundError or a gRPC status.
+func (o *operator) storesOf(ctx context.Context, c *Cluster) ([]*ObjectStore, error) {
+	var stores []*ObjectStore
+	for _, r := range []struct {
+		role string
+		ref  *StoreRef
+	}{
+		{"archive", c.ArchiveStore()},
+		{"recovery source", c.RecoveryStore()},
+		{"replica source", c.ReplicaSourceStore()},
+	} {
+		if r.ref == nil || slices.ContainsFunc(stores, func(s *ObjectStore) bool { return s.Name == r.ref.ObjectStore }) {
+			continue
+		}
+		store, err := o.store(ctx, c.Namespace, r.ref.ObjectStore)
+		switch {
+		case apierrors.IsNotFound(err):
+			return nil, &storeNotFoundError{c.Namespace, c.Name, r.ref.ObjectStore, r.role}
+		case err != nil:
+			return nil, status.Errorf(codes.Unavailable, "get ObjectStore %s/%s: %v", c.Namespace, r.ref.ObjectStore, err)
+		}
+		// Everything but the Secrets, which only the sidecar may and does read.
+		if _, err := ResolveStore(store, r.ref.ServerName, func(SecretKeySelector) ([]byte, error) { return nil, nil }); err != nil {
+			return nil, status.Error(codes.FailedPrecondition, err.Error())
+		}
+		stores = append(stores, store)
+	}
+	return stores, nil
+}
+
+// store reads an ObjectStore from the informer, or from the API server when it was
+// created only just now.
+func (o *operator) store(ctx context.Context, namespace, name string) (*ObjectStore, error) {
+	var store ObjectStore
+	if found, err := cached(o.stores, namespace, name, &store); found || err != nil {
+		return &store, err
+	}
+	return &store, o.get(ctx, objectStores, namespace, name, &store)
+}
+
+// reportMissing tells the user by an Event on the Cluster, once per transition.
+func (o *operator) reportMissing(ctx context.Context, c *Cluster, absent *storeNotFoundError) {
+	if last, _ := o.missing.Load(c.UID); last == absent.store {
+		return
+	}
+	slog.Warn("ObjectStore not found", "namespace", c.Namespace, "cluster", c.Name, "objectStore", absent.store)
+	if err := o.event(ctx, c, "ObjectStoreNotFound", absent.Error()); err != nil {
+		slog.Error("Cannot write an Event; trying again at the next reconciliation", "error", err)
+		return
+	}
+	o.missing.Store(c.UID, absent.store)
+}
+
+// event writes a Warning on the Cluster, for kubectl describe.
+func (o *operator) event(ctx context.Context, c *Cluster, reason, message string) error {
+	now := metav1.Now()
+	e := &corev1.Event{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Event"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: c.Namespace, GenerateName: c.Name + "."},
+		InvolvedObject: corev1.ObjectReference{
+			APIVersion: c.APIVersion, Kind: c.Kind, Namespace: c.Namespace, Name: c.Name, UID: c.UID,
+			ResourceVersion: c.ResourceVersion,
+		},
+		Type: corev1.EventTypeWarning, Reason: reason, Message: message,
+		Source:         corev1.EventSource{Component: fieldManager},
+		FirstTimestamp: now, LastTimestamp: now, Count: 1,
+	}
+	if err := o.create(ctx, events, e); err != nil {
+		return fmt.Errorf("write the Event %s on Cluster %s/%s: %w", reason, c.Namespace, c.Name, err)
+	}
+	return nil
+}
+
+// ---------------------------------------------------------------------------
+// Lifecycle: the sidecar
+// ---------------------------------------------------------------------------
+
+type operatorLifecycle struct {
+	*operator
+	lifecycle.UnimplementedOperatorLifecycleServer
+}
+
+// GetCapabilities: the operator evaluates what a Pod would look like whenever it looks
+// for drift, and calls again when it creates it. Of a Job only the creation is hooked.
+func (l operatorLifecycle) GetCapabilities(context.Context, *lifecycle.OperatorLifecycleCapabilitiesRequest) (*lifecycle.OperatorLifecycleCapabilitiesResponse, error) {
+	create := &lifecycle.OperatorOperationType{Type: lifecycle.OperatorOperationType_TYPE_CREATE}
+	evaluate := &lifecycle.OperatorOperationType{Type: lifecycle.OperatorOperationType_TYPE_EVALUATE}
+	return &lifecycle.OperatorLifecycleCapabilitiesResponse{LifecycleCapabilities: []*lifecycle.OperatorLifecycleCapabilities{
+		{Group: "", Kind: "Pod", OperationTypes: []*lifecycle.OperatorOperationType{create, evaluate}},
+		{Group: "batch", Kind: "Job", OperationTypes: []*lifecycle.OperatorOperationType{create}},
+	}}, nil
+}
+
+// LifecycleHook injects the sidecar into instance Pods and restore Jobs. The patch is
+// empty when the object already is what it should be: the operator passes the Pod that
+// it evaluated once more when it creates it.
+func (l operatorLifecycle) LifecycleHook(ctx context.Context, req *lifecycle.OperatorLifecycleRequest) (*lifecycle.OperatorLifecycleResponse, error) {
+	cluster, err := DecodeCluster(req.GetClusterDefinition())
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	nothing := &lifecycle.OperatorLifecycleResponse{}
+	var object metav1.TypeMeta
+	if err := json.Unmarshal(req.GetObjectDefinition(), &object); err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "decode the object of the request: %v", err)
+	}
+	var (
+		spec      *corev1.PodSpec
+		specPath  string
+		container string
+		ruling    *StoreRef // whose resources, arguments and log level count
+	)
+	switch gvk := object.GroupVersionKind(); gvk {
+	case corev1.SchemeGroupVersion.WithKind("Pod"):
+		var pod corev1.Pod
+		err = json.Unmarshal(req.GetObjectDefinition(), &pod)
+		spec, specPath, container = &pod.Spec, "/spec", "postgres"
+		ruling = cmp.Or(cluster.ArchiveStore(), cluster.RecoveryStore(), cluster.ReplicaSourceStore())
+	case batchv1.SchemeGroupVersion.WithKind("Job"):
+		var job batchv1.Job
+		err = json.Unmarshal(req.GetObjectDefinition(), &job)
+		spec, specPath, container = &job.Spec.Template.Spec, "/spec/template/spec", recoveryRole(&job)
+		ruling = cluster.RecoveryStore()
+	default:
+		return nil, status.Errorf(codes.InvalidArgument, "LifecycleHook for a %s, which was not asked for", gvk)
+	}
+	switch {
+	case err != nil:
+		return nil, status.Errorf(codes.InvalidArgument, "decode the %s of the request: %v", object.Kind, err)
+	case ruling == nil || container == "":
+		return nothing, nil
+	}
+	stores, err := l.storesOf(ctx, cluster)
+	if err != nil {
+		return nil, err
+	}
+	first := slices.IndexFunc(stores, func(s *ObjectStore) bool { return s.Name == ruling.ObjectStore })
+	patch, err := l.inject(cluster, stores, &stores[first].Spec.InstanceSidecarConfiguration, spec, specPath, container)
+	if err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "inject the sidecar for Cluster %s/%s: %v", cluster.Namespace, cluster.Name, err)
+	}
+	if len(patch) == 0 {
+		return nothing, nil
+	}
+	b, err := json.Marshal(patch)
+	if err != nil {
+		return nil, status.Errorf(codes.Internal, "encode the patch: %v", err)
+	}
+	return &lifecycle.OperatorLifecycleResponse{JsonPatch: b}, nil
+}
+
+// recoveryRole returns the role of a Job that restores, which is also the name of its
+// container, and "" for every other Job. The label's prefix depends on the brand.
+func recoveryRole(job *batchv1.Job) string {
+	for label, role := range job.Spec.Template.Labels {
+		if path.Base(label) == "jobRole" && (role == "full-recovery" || role == "snapshot-recovery") {
+			return role
+		}
+	}
+	return ""
+}
+
+// patchOperation is one operation of a JSON patch (RFC 6902). The order of the fields
+// and of the operations is fixed, so equal inputs give equal bytes.
+type patchOperation struct {
+	Op    string `json:"op"`
+	Path  string `json:"path"`
+	Value any    `json:"value,omitempty"`
+}
+
+const (
+	pluginsVolume      = "plugins"
+	pluginsPath        = "/plugins"
+	certificatesVolume = "barman-certificates"
+	certificatesPath   = "/barman-certificates"
+	certificateFile    = "barman-ca.crt"
+	spoolDirectory     = "/controller/wal-restore-spool"
+	// bootstrapController copies the instance manager into the Pod and must stay first.
+	bootstrapController = "bootstrap-controller"
+)
+
+// inject returns the operations that put the sidecar beside the container called main.
+// Only the elements that change are named: what this version of the API types does not
+// know of the Pod survives.
+func (o *operator) inject(c *Cluster, stores []*ObjectStore, config *InstanceSidecarConfiguration, spec *corev1.PodSpec, at, main string) ([]patchOperation, error) {
+	var patch []patchOperation
+	index := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == main })
+	if index < 0 {
+		return nil, fmt.Errorf("main container not found: no container is called %q", main)
+	}
+	postgres := &spec.Containers[index]
+
+	// The socket's directory, shared with the instance manager. Another plugin may have
+	// been first.
+	if !slices.ContainsFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == pluginsVolume }) {
+		patch = append(patch, appendTo(at+"/volumes", len(spec.Volumes), corev1.Volume{
+			Name: pluginsVolume, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}},
+		}))
+		spec.Volumes = append(spec.Volumes, corev1.Volume{Name: pluginsVolume})
+	}
+	if !slices.ContainsFunc(postgres.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == pluginsPath }) {
+		mount := corev1.VolumeMount{Name: pluginsVolume, MountPath: pluginsPath}
+		patch = append(patch, appendTo(fmt.Sprintf("%s/containers/%d/volumeMounts", at, index), len(postgres.VolumeMounts), mount))
+		postgres.VolumeMounts = append(postgres.VolumeMounts, mount)
+	}
+
+	certificates := certificateVolume(stores)
+	existing := slices.IndexFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == certificatesVolume })
+	switch volume := fmt.Sprintf("%s/volumes/%d", at, existing); {
+	case certificates != nil && existing < 0:
+		patch = append(patch, appendTo(at+"/volumes", len(spec.Volumes), *certificates))
+	case certificates != nil && !sameJSON(spec.Volumes[existing], certificates):
+		patch = append(patch, patchOperation{Op: "replace", Path: volume, Value: certificates})
+	case certificates == nil && existing >= 0:
+		patch = append(patch, patchOperation{Op: "remove", Path: volume})
+	}
+
+	sidecar, err := o.sidecar(c, stores, config, postgres)
+	if err != nil {
+		return nil, err
+	}
+	if certificates != nil {
+		sidecar.VolumeMounts = append(sidecar.VolumeMounts, corev1.VolumeMount{Name: certificatesVolume, MountPath: certificatesPath})
+	}
+	containers := at + "/initContainers"
+	named := func(name string) int {
+		return slices.IndexFunc(spec.InitContainers, func(c corev1.Container) bool { return c.Name == name })
+	}
+	switch i := named(sidecarName); {
+	case i >= 0 && sameJSON(spec.InitContainers[i], sidecar):
+	case i >= 0:
+		patch = append(patch, patchOperation{Op: "replace", Path: fmt.Sprintf("%s/%d", containers, i), Value: sidecar})
+	case len(spec.InitContainers) == 0:
+		patch = append(patch, appendTo(containers, 0, sidecar))
+	default:
+		// Right behind the container that copies the manager, or first without one: a
+		// later operator bootstraps the instance in an init container, which needs the
+		// sidecar running.
+		patch = append(patch, patchOperation{Op: "add", Path: fmt.Sprintf("%s/%d", containers, named(bootstrapController)+1), Value: sidecar})
+	}
+	return patch, nil
+}
+
+// appendTo adds value to an array of n elements, which is absent from the document when n is 0.
+func appendTo(array string, n int, value any) patchOperation {
+	if n == 0 {
+		return patchOperation{Op: "add", Path: array, Value: []any{value}}
+	}
+	return patchOperation{Op: "add", Path: array + "/-", Value: value}
+}
+
+func sameJSON(a, b any) bool {
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && bytes.Equal(x, y)
+}
+
+// certificateVolume projects the endpointCA of every store to <store>/barman-ca.crt;
+// nil when there is none. The kubelet mounts it, so no right on the Secret is needed.
+func certificateVolume(stores []*ObjectStore) *corev1.Volume {
+	var sources []corev1.VolumeProjection
+	for _, s := range slices.SortedFunc(slices.Values(stores), func(a, b *ObjectStore) int { return cmp.Compare(a.Name, b.Name) }) {
+		if ca := s.Spec.Configuration.EndpointCA; ca != nil {
+			sources = append(sources, corev1.VolumeProjection{Secret: &corev1.SecretProjection{
+				LocalObjectReference: corev1.LocalObjectReference{Name: ca.Name},
+				Items:                []corev1.KeyToPath{{Key: ca.Key, Path: s.Name + "/" + certificateFile}},
+			}})
+		}
+	}
+	if sources == nil {
+		return nil
+	}
+	return &corev1.Volume{Name: certificatesVolume, VolumeSource: corev1.VolumeSource{
+		Projected: &corev1.ProjectedVolumeSource{Sources: sources},
+	}}
+}
+
+// sidecar is the container that runs beside postgres for the whole life of the Pod: an
+// init container with restartPolicy Always, started before and stopped after it.
+//
+// The operator compares image, env (in order), probes, resources, security context and
+// mounts with the running Pod, and rolls the cluster when they differ: everything here
+// has to be a function of the Cluster, the ObjectStores and the plugin's version only.
+func (o *operator) sidecar(c *Cluster, stores []*ObjectStore, config *InstanceSidecarConfiguration, postgres *corev1.Container) (*corev1.Container, error) {
+	env, err := sidecarEnv(c, stores, config, postgres)
+	if err != nil {
+		return nil, err
+	}
+	yes, no := true, false
+	always := corev1.ContainerRestartPolicyAlways
+	sidecar := &corev1.Container{
+		Name:            sidecarName,
+		Image:           o.sidecarImage,
+		ImagePullPolicy: o.imagePullPolicy,
+		Args:            slices.Concat([]string{"sidecar", "--log-level=" + cmp.Or(config.LogLevel, "info")}, config.AdditionalContainerArgs),
+		RestartPolicy:   &always,
+		Env:             env,
+		EnvFrom:         postgres.EnvFrom,
+		Resources:       config.Resources,
+		StartupProbe: &corev1.Probe{
+			ProbeHandler:     corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{sidecarBinary, "healthcheck"}}},
+			PeriodSeconds:    1,
+			TimeoutSeconds:   5,
+			FailureThreshold: 30,
+		},
+		// No user: the Pod's is postgres, which peer authentication on the socket needs.
+		SecurityContext: &corev1.SecurityContext{
+			AllowPrivilegeEscalation: &no,
+			Privileged:               &no,
+			RunAsNonRoot:             &yes,
+			ReadOnlyRootFilesystem:   &yes,
+			SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+		},
+	}
+	// PGDATA, the WAL volume, tablespaces, the scratch directory with PostgreSQL's socket,
+	// and the API server's token where the operator mounts it itself.
+	for _, m := range postgres.VolumeMounts {
+		if m.Name != certificatesVolume {
+			sidecar.VolumeMounts = append(sidecar.VolumeMounts, m)
+		}
+	}
+	return sidecar, nil
+}
+
+// sidecarEnv: what postgres has, overridden by what the plugin must set and by what the
+// ObjectStores ask for. The order is postgres', then ours, then the stores'.
+func sidecarEnv(c *Cluster, stores []*ObjectStore, config *InstanceSidecarConfiguration, postgres *corev1.Container) ([]corev1.EnvVar, error) {
+	env := slices.Clone(postgres.Env)
+	set := func(v corev1.EnvVar) {
+		if i := slices.IndexFunc(env, func(e corev1.EnvVar) bool { return e.Name == v.Name }); i >= 0 {
+			env[i] = v
+			return
+		}
+		env = append(env, v)
+	}
+	group, version, _ := strings.Cut(c.APIVersion, "/")
+	if c.APIVersion == "" {
+		return nil, errors.New("the Cluster of the request has no apiVersion")
+	}
+	for _, v := range []corev1.EnvVar{
+		{Name: "NAMESPACE", Value: c.Namespace},
+		{Name: "CLUSTER_NAME", Value: c.Name},
+		{Name: "SPOOL_DIRECTORY", Value: spoolDirectory},
+		{Name: "CUSTOM_CNPG_GROUP", Value: group},
+		{Name: "CUSTOM_CNPG_VERSION", Value: version},
+	} {
+		set(v)
+	}
+	if limit := config.Resources.Limits.Memory(); !limit.IsZero() {
+		// The Go runtime collects harder near this than the kernel would at the limit;
+		// the rest is for what it does not count. A reference to limits.memory cannot be scaled.
+		set(corev1.EnvVar{Name: "GOMEMLIMIT", Value: strconv.FormatInt(limit.Value()/10*9, 10)})
+	}
+	// These describe the Pod; a store that overrode them would break the sidecar.
+	final := map[string]bool{
+		"NAMESPACE": true, "CLUSTER_NAME": true, "SPOOL_DIRECTORY": true, "CUSTOM_CNPG_GROUP": true,
+		"CUSTOM_CNPG_VERSION": true, "PGDATA": true, "POD_NAME": true,
+	}
+	for _, s := range stores {
+		for _, v := range s.Spec.InstanceSidecarConfiguration.Env {
+			if !final[v.Name] { // of several definitions the first counts
+				set(v)
+				final[v.Name] = true
+			}
+		}
+	}
+	return env, nil
+}
+
+// ---------------------------------------------------------------------------
+// RBAC per cluster: a Role and a RoleBinding <cluster>-barman-cloud
+// ---------------------------------------------------------------------------
+
+// ensureRBAC lets the cluster's ServiceAccount read its ObjectStores and their
+// credentials and write their status.
+func (o *operator) ensureRBAC(ctx context.Context, c *Cluster, stores []*ObjectStore) error {
+	if c.Kind == "" || c.APIVersion == "" || c.UID == "" {
+		return fmt.Errorf("Cluster %s/%s came without apiVersion, kind or uid: cannot own its Role", c.Namespace, c.Name)
+	}
+	yes := true
+	owner := metav1.OwnerReference{
+		APIVersion: c.APIVersion, Kind: c.Kind, Name: c.Name, UID: c.UID, Controller: &yes, BlockOwnerDeletion: &yes,
+	}
+	name := c.Name + "-barman-cloud"
+	account := cmp.Or(c.Spec.ServiceAccountName, c.Name)
+	names := make([]string, len(stores))
+	for i, s := range stores {
+		names[i] = s.Name
+	}
+	err := ensure(ctx, o, roles, o.roles, c.Namespace, name, func(r *rbacv1.Role) error {
+		r.TypeMeta = metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "Role"}
+		setOwnership(&r.ObjectMeta, c.Name, owner)
+		r.Rules = roleRules(names, stores)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return ensure(ctx, o, roleBindings, o.bindings, c.Namespace, name, func(b *rbacv1.RoleBinding) error {
+		b.TypeMeta = metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "RoleBinding"}
+		setOwnership(&b.ObjectMeta, c.Name, owner)
+		ref := rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: name}
+		if b.ResourceVersion != "" && b.RoleRef != ref {
+			return fmt.Errorf("it refers to %s %q instead of Role %q, and that cannot be changed: delete it, and it is made anew",
+				b.RoleRef.Kind, b.RoleRef.Name, name)
+		}
+		b.RoleRef = ref
+		subject := rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: c.Namespace, Name: account}
+		if !slices.Contains(b.Subjects, subject) {
+			b.Subjects = append(b.Subjects, subject)
+		}
+		return nil
+	})
+}
+
+// roleRules are the rights on the named stores. A rule without resourceNames would mean
+// every object, so a rule about nothing is left out. The plugin's own ClusterRole in
+// deploy.yaml holds the same verbs: Kubernetes lets nobody grant more than they have.
+//
+// names may hold more than stores: a store that is gone keeps its place, so that its
+// return is noticed.
+func roleRules(names []string, stores []*ObjectStore) []rbacv1.PolicyRule {
+	var credentials []string
+	for _, s := range stores {
+		cred := s.Spec.Configuration.Credentials
+		if cred == nil || cred.InheritFromIAMRole {
+			continue
+		}
+		for _, selector := range []*SecretKeySelector{cred.AccessKeyID, cred.SecretAccessKey, cred.Region, cred.SessionToken} {
+			if selector != nil {
+				credentials = append(credentials, selector.Name)
+			}
+		}
+	}
+	var rules []rbacv1.PolicyRule
+	for _, r := range []struct {
+		group, resource string
+		verbs, names    []string
+	}{
+		{objectStores.Group, "objectstores", []string{"get", "watch", "list"}, names},
+		{objectStores.Group, "objectstores/status", []string{"get", "update", "patch"}, names},
+		{"", "secrets", []string{"get", "watch", "list"}, credentials},
+	} {
+		if sorted := slices.Compact(slices.Sorted(slices.Values(r.names))); len(sorted) > 0 {
+			rules = append(rules, rbacv1.PolicyRule{
+				APIGroups: []string{r.group}, Resources: []string{r.resource}, ResourceNames: sorted, Verbs: r.verbs,
+			})
+		}
+	}
+	return rules
+}
+
+// setOwnership marks an object as ours and as the Cluster's; foreign labels stay. An
+// owner of the same name but another UID is a Cluster that was deleted and made again.
+func setOwnership(m *metav1.ObjectMeta, cluster string, owner metav1.OwnerReference) {
+	if m.Labels == nil {
+		m.Labels = map[string]string{}
+	}
+	for k, v := range map[string]string{
+		clusterLabel:                   cluster,
+		"app.kubernetes.io/name":       "barman-cloud-plugin",
+		"app.kubernetes.io/instance":   cluster,
+		"app.kubernetes.io/version":    version,
+		"app.kubernetes.io/component":  "database",
+		"app.kubernetes.io/managed-by": fieldManager,
+	} {
+		m.Labels[k] = v
+	}
+	m.OwnerReferences = slices.DeleteFunc(m.OwnerReferences, func(r metav1.OwnerReference) bool {
+		return r.Kind == owner.Kind && r.Name == owner.Name && r.UID != owner.UID
+	})
+	if !slices.ContainsFunc(m.OwnerReferences, func(r metav1.OwnerReference) bool { return r.UID == owner.UID }) {
+		m.OwnerReferences = append(m.OwnerReferences, owner)
+	}
+}
+
+// syncRole brings a Role up to date with the ObjectStores that it names.
+func (o *operator) syncRole(ctx context.Context, namespace, name string) error {
+	var current rbacv1.Role
+	if found, err := cached(o.roles, namespace, name, &current); !found || err != nil {
+		return err // gone with its Cluster; if not, the next Pre makes it again
+	}
+	names := storesNamed(&current)
+	var stores []*ObjectStore
+	for _, n := range names {
+		switch s, err := o.store(ctx, namespace, n); {
+		case apierrors.IsNotFound(err): // no Secrets to read until it is made again
+		case err != nil:
+			return fmt.Errorf("get ObjectStore %s/%s: %w", namespace, n, err)
+		default:
+			stores = append(stores, s)
+		}
+	}
+	return ensure(ctx, o, roles, o.roles, namespace, name, func(r *rbacv1.Role) error {
+		if r.ResourceVersion == "" {
+			return errLeave // deleted meanwhile
+		}
+		r.Rules = roleRules(names, stores)
+		return nil
+	})
+}
+
+// storesNamed returns the ObjectStores that a Role of ours gives access to.
+func storesNamed(r *rbacv1.Role) []string {
+	for _, rule := range r.Rules {
+		if slices.Contains(rule.Resources, objectStores.Resource) {
+			return rule.ResourceNames
+		}
+	}
+	return nil
+}
+
+// ---------------------------------------------------------------------------
+// Certificates of the connection from the operator
+// ---------------------------------------------------------------------------
+
+const (
+	// certificateLabel marks the Secrets that this plugin made. One without it is
+	// somebody else's (cert-manager's, say): used as it is and never written.
+	certificateLabel = "barmancloud.cnpg.io/certificate"
+
+	// A CA is replaced a year before it ends and stays trusted until then, while a leaf
+	// lives 90 days: every leaf is renewed under the new CA long before the old one ends.
+	caLifetime      = 10 * 365 * 24 * time.Hour
+	caRenewBefore   = 365 * 24 * time.Hour
+	leafLifetime    = 90 * 24 * time.Hour
+	leafRenewBefore = 30 * 24 * time.Hour
+	clockSkew       = time.Hour // tolerated between the nodes
+	checkInterval   = time.Hour
+
+	certificatesKey = "certificates" // in the queue; a Role's key has a slash
+)
+
+// authority is the CA's Secret: tls.crt holds the current CA certificate and, after a
+// renewal, its predecessors until they end; tls.key belongs to the current one.
+type authority struct {
+	bundle  []*x509.Certificate
+	current tls.Certificate
+}
+
+// syncCertificates makes what is missing, renews what ends soon and loads the result.
+//
+// The operator trusts all of the server Secret's tls.crt, so this holds the leaf and
+// every CA certificate: a renewed leaf is trusted before the operator has read it.
+func (o *operator) syncCertificates(ctx context.Context) error {
+	server, err := o.secret(ctx, o.serverSecret)
+	if err != nil {
+		return err
+	}
+	client, err := o.secret(ctx, o.clientSecret)
+	if err != nil {
+		return err
+	}
+	trusted := x509.NewCertPool()
+	if foreign(server) && foreign(client) {
+		slog.Debug("Both TLS Secrets are somebody else's")
+	} else {
+		ca, err := o.authority(ctx)
+		if err != nil {
+			return err
+		}
+		if server, err = o.ensureLeaf(ctx, ca, o.serverSecret, server, x509.ExtKeyUsageServerAuth); err != nil {
+			return err
+		}
+		if client, err = o.ensureLeaf(ctx, ca, o.clientSecret, client, x509.ExtKeyUsageClientAuth); err != nil {
+			return err
+		}
+		for _, c := range ca.bundle {
+			trusted.AddCert(c)
+		}
+	}
+	pair, err := keyPair(server)
+	if err != nil {
+		return err
+	}
+	if foreign(client) {
+		// Exactly this client, not everything else that its issuer signs.
+		certificate, err := keyPair(client)
+		if err != nil {
+			return err
+		}
+		trusted.AddCert(certificate.Leaf)
+	}
+	if old := o.tls.Load(); old == nil || !bytes.Equal(old.Certificates[0].Certificate[0], pair.Certificate[0]) {
+		slog.Info("Loaded the server's certificate", "secret", o.serverSecret, "notAfter", pair.Leaf.NotAfter)
+	}
+	o.tls.Store(&tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		Certificates: []tls.Certificate{*pair},
+		ClientAuth:   tls.RequireAndVerifyClientCert,
+		ClientCAs:    trusted,
+		// A resumed session would outlive the trust in its client's certificate.
+		SessionTicketsDisabled: true,
+	})
+	return nil
+}
+
+// secret returns a Secret of the own namespace, nil when there is none.
+func (o *operator) secret(ctx context.Context, name string) (*corev1.Secret, error) {
+	var s corev1.Secret
+	err := o.get(ctx, secrets, o.namespace, name, &s)
+	if apierrors.IsNotFound(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("get Secret %s/%s: %w", o.namespace, name, err)
+	}
+	return &s, nil
+}
+
+// foreign says that a Secret is there and not made by this plugin.
+func foreign(s *corev1.Secret) bool {
+	return s != nil && s.Labels[certificateLabel] == ""
+}
+
+// keyPair reads the certificate chain and the key of a Secret.
+func keyPair(s *corev1.Secret) (*tls.Certificate, error) {
+	pair, err := tls.X509KeyPair(s.Data[corev1.TLSCertKey], s.Data[corev1.TLSPrivateKeyKey])
+	if err != nil {
+		return nil, fmt.Errorf("Secret %s/%s holds no usable key pair in tls.crt and tls.key: %w: correct it, or delete it to have one made",
+			s.Namespace, s.Name, err)
+	}
+	return &pair, nil
+}
+
+// authority reads the CA's Secret, makes it, or renews the CA in it.
+func (o *operator) authority(ctx context.Context) (*authority, error) {
+	s, err := o.secret(ctx, o.caSecret)
+	if err != nil {
+		return nil, err
+	}
+	ca := &authority{}
+	if s != nil {
+		pair, err := keyPair(s)
+		if err != nil {
+			return nil, err
+		}
+		ca.current = *pair
+		for _, der := range pair.Certificate {
+			c, err := x509.ParseCertificate(der)
+			if err != nil {
+				return nil, fmt.Errorf("Secret %s/%s: tls.crt: %w", s.Namespace, s.Name, err)
+			}
+			if len(ca.bundle) == 0 || time.Now().Before(c.NotAfter) {
+				ca.bundle = append(ca.bundle, c)
+			}
+		}
+		if foreign(s) || time.Until(pair.Leaf.NotAfter) > caRenewBefore {
+			return ca, nil
+		}
+	}
+	template := certificateTemplate("cnpg-barman-s3 CA", caLifetime)
+	template.IsCA, template.BasicConstraintsValid = true, true
+	template.KeyUsage = x509.KeyUsageCertSign
+	next, err := issue(template, nil)
+	if err != nil {
+		return nil, err
+	}
+	ca.current = *next
+	ca.bundle = append([]*x509.Certificate{next.Leaf}, ca.bundle...)
+	_, err = o.writePair(ctx, o.caSecret, "ca", s, next, ca.bundle[1:])
+	return ca, err
+}
+
+// ensureLeaf returns the Secret with a leaf that ca vouches for, and all CA
+// certificates behind it. A leaf that is still good is kept when only the CA changed.
+func (o *operator) ensureLeaf(ctx context.Context, ca *authority, name string, s *corev1.Secret, usage x509.ExtKeyUsage) (*corev1.Secret, error) {
+	if foreign(s) {
+		return s, nil
+	}
+	role, template := "client", certificateTemplate("cnpg-barman-s3 client", leafLifetime)
+	if usage == x509.ExtKeyUsageServerAuth {
+		role, template = "server", certificateTemplate(o.service, leafLifetime)
+		template.DNSNames = []string{o.service, o.service + "." + o.namespace, o.service + "." + o.namespace + ".svc"}
+	}
+	template.KeyUsage = x509.KeyUsageDigitalSignature
+	template.ExtKeyUsage = []x509.ExtKeyUsage{usage}
+
+	if s != nil {
+		roots := x509.NewCertPool()
+		for _, c := range ca.bundle {
+			roots.AddCert(c)
+		}
+		pair, err := keyPair(s)
+		if err == nil {
+			_, err = pair.Leaf.Verify(x509.VerifyOptions{
+				Roots: roots, KeyUsages: template.ExtKeyUsage, CurrentTime: time.Now().Add(leafRenewBefore),
+			})
+		}
+		if err == nil && len(template.DNSNames) > 0 {
+			err = pair.Leaf.VerifyHostname(o.service)
+		}
+		if err == nil {
+			if bytes.Equal(s.Data[corev1.TLSCertKey], chainPEM(pair.Leaf, ca.bundle)) {
+				return s, nil
+			}
+			return o.writePair(ctx, name, role, s, pair, ca.bundle)
+		}
+		slog.Info("Renewing a certificate", "secret", name, "reason", err.Error())
+	}
+	pair, err := issue(template, &ca.current)
+	if err != nil {
+		return nil, err
+	}
+	return o.writePair(ctx, name, role, s, pair, ca.bundle)
+}
+
+func certificateTemplate(commonName string, lifetime time.Duration) *x509.Certificate {
+	return &x509.Certificate{
+		Subject:   pkix.Name{CommonName: commonName},
+		NotBefore: time.Now().Add(-clockSkew),
+		NotAfter:  time.Now().Add(lifetime),
+	}
+}
+
+// issue makes a key and a certificate for it, signed by the parent or by itself.
+func issue(template *x509.Certificate, parent *tls.Certificate) (*tls.Certificate, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("make a key: %w", err)
+	}
+	// RFC 5280 4.1.2.2: positive, at most 20 octets, unpredictable.
+	if template.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 159)); err != nil {
+		return nil, fmt.Errorf("make a serial number: %w", err)
+	}
+	signer := tls.Certificate{Leaf: template, PrivateKey: key}
+	if parent != nil {
+		signer = *parent
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, signer.Leaf, key.Public(), signer.PrivateKey)
+	if err != nil {
+		return nil, fmt.Errorf("sign the certificate of %s: %w", template.Subject.CommonName, err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("read back the certificate of %s: %w", template.Subject.CommonName, err)
+	}
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, nil
+}
+
+func chainPEM(leaf *x509.Certificate, bundle []*x509.Certificate) []byte {
+	var b bytes.Buffer
+	for _, c := range append([]*x509.Certificate{leaf}, bundle...) {
+		pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}) // a Buffer takes everything
+	}
+	return b.Bytes()
+}
+
+// writePair creates the Secret, or updates the one that was read. Of several replicas
+// one succeeds; the others get an error, try again and find the winner's.
+func (o *operator) writePair(ctx context.Context, name, role string, old *corev1.Secret, pair *tls.Certificate, behind []*x509.Certificate) (*corev1.Secret, error) {
+	key, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
+	if err != nil {
+		return nil, fmt.Errorf("encode the key for Secret %s/%s: %w", o.namespace, name, err)
+	}
+	s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: o.namespace, Name: name}}
+	if old != nil {
+		s = old.DeepCopy()
+	}
+	s.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"}
+	s.Type = corev1.SecretTypeTLS
+	if s.Labels == nil {
+		s.Labels = map[string]string{}
+	}
+	s.Labels[certificateLabel] = role
+	s.Labels["app.kubernetes.io/managed-by"] = fieldManager
+	s.Data = map[string][]byte{
+		corev1.TLSCertKey:       chainPEM(pair.Leaf, behind),
+		corev1.TLSPrivateKeyKey: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
+	}
+	write := o.update
+	if old == nil {
+		write = o.create
+	}
+	if err := write(ctx, secrets, s); err != nil {
+		return nil, fmt.Errorf("write Secret %s/%s: %w", o.namespace, name, err)
+	}
+	slog.Info("Wrote a certificate", "secret", name, "notAfter", pair.Leaf.NotAfter)
+	return s, nil
+}
+
+// ---------------------------------------------------------------------------
+// The API server: informers, one queue of work, reads and guarded writes
+// ---------------------------------------------------------------------------
+
+// byStore is the index of Roles by namespace/name of the ObjectStores they name.
+const byStore = "store"
+
+// startInformers watches the ObjectStores, our Roles and RoleBindings everywhere, and
+// the three TLS Secrets, each by its name because the plugin may see no other.
+func (o *operator) startInformers(ctx context.Context, background *sync.WaitGroup) ([]cache.SharedIndexInformer, error) {
+	ours := metav1.ListOptions{LabelSelector: clusterLabel}
+	o.stores = o.informer(objectStores, "", metav1.ListOptions{})
+	o.roles = o.informer(roles, "", ours)
+	o.bindings = o.informer(roleBindings, "", ours)
+	informers := []cache.SharedIndexInformer{o.stores, o.roles, o.bindings}
+	err := o.roles.AddIndexers(cache.Indexers{byStore: func(obj any) ([]string, error) {
+		var r rbacv1.Role
+		if err := fromUnstructured(obj, &r); err != nil {
+			return nil, err
+		}
+		keys := storesNamed(&r)
+		for i := range keys {
+			keys[i] = r.Namespace + "/" + keys[i]
+		}
+		return keys, nil
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("index the Roles: %w", err)
+	}
+	for _, name := range []string{o.caSecret, o.serverSecret, o.clientSecret} {
+		i := o.informer(secrets, o.namespace, metav1.ListOptions{FieldSelector: "metadata.name=" + name})
+		if err := handle(i, func(string) { o.queue.Add(certificatesKey) }); err != nil {
+			return nil, err
+		}
+		informers = append(informers, i)
+	}
+	for _, i := range informers {
+		background.Go(func() { i.RunWithContext(ctx) })
+	}
+	background.Go(func() {
+		// A Role is judged by the ObjectStores, so these have to be known first.
+		if !cache.WaitForCacheSync(ctx.Done(), o.stores.HasSynced, o.roles.HasSynced) {
+			return
+		}
+		err := errors.Join(
+			handle(o.roles, o.queue.Add),
+			handle(o.stores, func(store string) {
+				affected, err := o.roles.GetIndexer().IndexKeys(byStore, store)
+				if err != nil {
+					slog.Error("Cannot look up the Roles of an ObjectStore", "objectStore", store, "error", err)
+				}
+				for _, role := range affected {
+					o.queue.Add(role)
+				}
+			}))
+		if err != nil && ctx.Err() == nil {
+			slog.Error("Cannot follow the ObjectStores", "error", err)
+		}
+	})
+	return informers, nil
+}
+
+func (o *operator) informer(gvr schema.GroupVersionResource, namespace string, selector metav1.ListOptions) cache.SharedIndexInformer {
+	resource := o.client.Resource(gvr).Namespace(namespace)
+	selected := func(options metav1.ListOptions) metav1.ListOptions {
+		options.LabelSelector, options.FieldSelector = selector.LabelSelector, selector.FieldSelector
+		return options
+	}
+	i := cache.NewSharedIndexInformer(&cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+			return resource.List(ctx, selected(options))
+		},
+		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			return resource.Watch(ctx, selected(options))
+		},
+	}, &unstructured.Unstructured{}, 0, cache.Indexers{})
+	// Half of a small object, and never read.
+	if err := i.SetTransform(func(obj any) (any, error) {
+		if u, ok := obj.(*unstructured.Unstructured); ok {
+			u.SetManagedFields(nil)
+		}
+		return obj, nil
+	}); err != nil {
+		panic(err) // only after the informer was started
+	}
+	return i
+}
+
+// handle calls f with the key of every object that appears, changes or goes.
+func handle(i cache.SharedIndexInformer, f func(key string)) error {
+	changed := func(obj any) {
+		if key, err := cache.DeletionHandlingMetaNamespaceKeyFunc(obj); err == nil {
+			f(key)
+		}
+	}
+	_, err := i.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: changed, UpdateFunc: func(_, obj any) { changed(obj) }, DeleteFunc: changed,
+	})
+	return err
+}
+
+// work does what the queue asks for, and again with growing pauses while it fails.
+func (o *operator) work(ctx context.Context) {
+	for {
+		key, shutdown := o.queue.Get()
+		if shutdown {
+			return
+		}
+		err := o.sync(ctx, key)
+		switch {
+		case err == nil:
+			o.queue.Forget(key)
+		case ctx.Err() == nil:
+			// Replicas that start together write the same things: one of them is told so.
+			level := slog.LevelError
+			if apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err) {
+				level = slog.LevelInfo
+			}
+			slog.Log(ctx, level, "Trying again", "object", key, "error", err)
+			o.queue.AddRateLimited(key)
+		}
+		o.queue.Done(key)
+	}
+}
+
+func (o *operator) sync(ctx context.Context, key string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if key == certificatesKey {
+		defer o.queue.AddAfter(certificatesKey, checkInterval)
+		return o.syncCertificates(ctx)
+	}
+	namespace, name, _ := strings.Cut(key, "/")
+	return o.syncRole(ctx, namespace, name)
+}
+
+// errLeave is what a mutate function returns to have nothing written.
+var errLeave = errors.New("leave the object as it is")
+
+// ensure creates an object or changes it, guarded by its resource version, until it is
+// what mutate makes of it, and writes nothing when it already is.
+func ensure[T any, P interface {
+	*T
+	metav1.Object
+	DeepCopyInto(*T)
+}](ctx context.Context, o *operator, gvr schema.GroupVersionResource, known cache.SharedIndexInformer, namespace, name string, mutate func(P) error) error {
+	var err error
+	for attempt := range 5 {
+		var before, after T
+		var found bool
+		if attempt == 0 {
+			found, err = cached(known, namespace, name, P(&before))
+		} else if err = o.get(ctx, gvr, namespace, name, P(&before)); err == nil {
+			found = true
+		} else if apierrors.IsNotFound(err) {
+			err = nil
+		}
+		if err != nil {
+			break
+		}
+		if found {
+			P(&before).DeepCopyInto(&after)
+		} else {
+			P(&after).SetNamespace(namespace)
+			P(&after).SetName(name)
+		}
+		if err = mutate(P(&after)); err != nil {
+			break
+		}
+		switch {
+		case !found:
+			err = o.create(ctx, gvr, P(&after))
+		case equality.Semantic.DeepEqual(before, after):
+			return nil
+		default:
+			err = o.update(ctx, gvr, P(&after))
+		}
+		if err == nil {
+			slog.Info("Wrote", "resource", gvr.Resource, "namespace", namespace, "name", name)
+			return nil
+		}
+		// The informer was behind, or another replica was faster: look at the API server.
+		if !apierrors.IsAlreadyExists(err) && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+			break
+		}
+	}
+	if err == nil || errors.Is(err, errLeave) {
+		return nil
+	}
+	return fmt.Errorf("%s %s/%s: %w", gvr.Resource, namespace, name, err)
+}
+
+// cached reads an object from an informer; false when it is not there.
+func cached(i cache.SharedIndexInformer, namespace, name string, into any) (bool, error) {
+	obj, found, err := i.GetStore().GetByKey(namespace + "/" + name)
+	if err != nil || !found {
+		return false, err
+	}
+	return true, fromUnstructured(obj, into)
+}
+
+// fromUnstructured goes through JSON, like every reader of these types elsewhere.
+func fromUnstructured(obj, into any) error {
+	b, err := json.Marshal(obj)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(b, into)
+}
+
+func (o *operator) get(ctx context.Context, gvr schema.GroupVersionResource, namespace, name string, into any) error {
+	u, err := o.client.Resource(gvr).Namespace(namespace).Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return err
+	}
+	return fromUnstructured(u, into)
+}
+
+func (o *operator) create(ctx context.Context, gvr schema.GroupVersionResource, obj metav1.Object) error {
+	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(obj)
+	if err != nil {
+		return err
+	}
+	_, err = o.client.Resource(gvr).Namespace(obj.GetNamespace()).Create(ctx,
+		&unstructured.Unstructured{Object: content}, metav1.CreateOptions{FieldManager: fieldManager})
+	return err
+}
+
+// update fails with a conflict when the object is no longer the one that was read.
+func (o *operator) update(ctx context.Context, gvr schema.GroupVersionResource, obj metav1.Object) error {
+	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(obj)
+	if err != nil {
+		return err
+	}
+	_, err = o.client.Resource(gvr).Namespace(obj.GetNamespace()).Update(ctx,
+		&unstructured.Unstructured{Object: content}, metav1.UpdateOptions{FieldManager: fieldManager})
+	return err
+}
