@@ -1,4 +1,5 @@
-# Targets of people: build, image, deploy-manifest. Of the project: test-api, check-manifest.
+# Targets of people: build, demo, image, deploy-manifest.
+# Of the project: test, test-api, e2e; and their parts deps, tools, check, check-manifest.
 
 VERSION   ?= 0.1.0
 ARCH      ?= amd64
@@ -11,7 +12,7 @@ export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 
 BINARY  := bin/cnpg-barman-s3
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build image deploy-manifest check-manifest test-api
+.PHONY: build image deploy-manifest check-manifest test-api demo test e2e deps tools check
 
 # The static binary of this machine.
 build:
@@ -39,3 +40,37 @@ check-manifest:
 test-api: check-manifest
 	@test -n "$(TEST_API_KUBECONFIG)" || { echo "set TEST_API_KUBECONFIG to the kubeconfig of a disposable API server" >&2; exit 1; }
 	KUBECONFIG_API=$(TEST_API_KUBECONFIG) go test -count=1 -run '^TestAPI' .
+
+# Archive, back up, drop a table and get it back: on this machine, without Kubernetes.
+demo: build tools
+	hack/deps.sh postgres
+	hack/demo.sh
+
+# All tests that need no Kubernetes, with what they need.
+test: deps build tools check
+	hack/gotest.sh -count=1 -timeout 14m ./...
+
+# The whole thing on the cluster of KUBECONFIG, which runs CloudNativePG, with the
+# manifests of examples/. e2e/run.sh says what can be set.
+e2e: image
+	e2e/run.sh
+
+# The Debian packages that demo and tests need, where they are missing.
+deps:
+	hack/deps.sh postgres barman
+
+check: check-manifest
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "run gofmt -w $$unformatted" >&2; exit 1; }
+	go vet ./...
+	go vet -C tools ./socketclient
+
+# The programs of demo and tests, from a module of their own: nothing of it is in the binary.
+TOOL := CGO_ENABLED=0 go build -C tools -ldflags "-s -w"
+
+tools: bin/versitygw bin/socketclient
+
+bin/versitygw: tools/go.mod
+	$(TOOL) -o ../$@ github.com/versity/versitygw/cmd/versitygw
+
+bin/socketclient: tools/go.mod $(wildcard tools/socketclient/*.go)
+	$(TOOL) -o ../$@ ./socketclient

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# deps.sh COMMAND... - install the Debian packages that bring these commands, where they
+# are missing: postgres (the server, with pgbench), barman (Barman's cloud programs).
+set -euo pipefail
+
+packages=()
+for command in "$@"; do
+  case $command in
+  postgres)
+    compgen -G "${PG_BINDIR:-/usr/lib/postgresql/*/bin}/initdb" >/dev/null || packages+=(postgresql) ;;
+  barman) command -v barman-cloud-backup >/dev/null || packages+=(barman-cli-cloud) ;;
+  *) echo "deps.sh: no package is known for $command" >&2; exit 2 ;;
+  esac
+done
+[ ${#packages[@]} -gt 0 ] || exit 0
+
+command -v apt-get >/dev/null || {
+  echo "deps.sh: this is no Debian: install what Debian calls ${packages[*]} yourself" >&2
+  exit 1
+}
+sudo=()
+[ "$(id -u)" = 0 ] || sudo=(sudo)
+echo "installing ${packages[*]}"
+"${sudo[@]}" apt-get update -q
+"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${packages[@]}"
