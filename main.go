@@ -1,33 +1,542 @@
+// cnpg-barman-s3 is the backup plugin for CloudNativePG: it archives WAL, takes base
+// backups and restores them, to and from S3-compatible storage, in Barman's layout.
+//
+// This file is the way in: the table of subcommands, flags, logging, signals and
+// progress. It knows nothing of PostgreSQL, S3 or Kubernetes.
 package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
+	"io"
+	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
 	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/term"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
 )
 
-// version is set by the Makefile's -ldflags.
+// version is set by the linker.
 var version = "dev"
 
-func logFlags(fs *flag.FlagSet) {
-	fs.String("log-level", "info", "`level` of the log: error, warning, info, debug or trace")
+const usage = `cnpg-barman-s3 backs up PostgreSQL to S3-compatible storage, in Barman's layout.
+
+In Kubernetes, as a CloudNativePG plugin:
+  operator      run beside the CloudNativePG operator: inject sidecars, keep their permissions
+  sidecar       run beside PostgreSQL: archive WAL, take base backups, restore
+  healthcheck   ask a sidecar whether it serves
+
+By hand, with an ObjectStore and its Secrets in a YAML file:
+  wal-archive   store one WAL file                    wal-archive FLAGS PATH
+  wal-restore   fetch one WAL file                    wal-restore FLAGS NAME DESTINATION
+  backup        take a base backup                    backup FLAGS
+  list          list the base backups                 list FLAGS
+  restore       restore a base backup into an empty   restore FLAGS DIRECTORY
+                directory, ready for recovery
+
+  version       print the version
+
+cnpg-barman-s3 SUBCOMMAND --help lists the flags of a subcommand.
+`
+
+// subcommands is the program's table of contents.
+var subcommands = map[string]func(ctx context.Context, args []string) error{
+	"operator":    runOperator,
+	"sidecar":     runSidecar,
+	"healthcheck": runHealthcheck,
+	"wal-archive": runWALArchive,
+	"wal-restore": runWALRestore,
+	"backup":      runBackup,
+	"list":        runList,
+	"restore":     runRestore,
+	"version":     func(context.Context, []string) error { fmt.Println(version); return nil },
 }
 
+// Exit codes. PostgreSQL goes on without a WAL file when restore_command ends with 1,
+// and gives recovery up when it ends with more than 125 (manual, Continuous Archiving).
+const (
+	exitFailed    = 1
+	exitUsage     = 2
+	exitNoAttempt = 130 // wal-restore could not find out whether the archive has the file
+)
+
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	var err error
+	if len(os.Args) < 2 || os.Args[1] == "help" || os.Args[1] == "-h" || os.Args[1] == "--help" {
+		fmt.Print(usage)
+		if len(os.Args) < 2 {
+			os.Exit(exitUsage)
+		}
+		return
+	}
+	run, ok := subcommands[os.Args[1]]
+	if !ok {
+		fmt.Fprintf(os.Stderr, "cnpg-barman-s3: there is no subcommand %q; see cnpg-barman-s3 --help\n", os.Args[1])
+		os.Exit(exitUsage)
+	}
+	setLogger("info", logFormat())
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	err := run(ctx, os.Args[2:])
+	stop()
+	os.Exit(exitCode(os.Args[1], err))
+}
+
+// usageError is an error of the command line: its exit code is exitUsage.
+type usageError struct{ error }
+
+// exitStatus is an error that has already been told and only carries an exit code.
+type exitStatus int
+
+func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// exitCode tells the error and chooses the exit code.
+func exitCode(subcommand string, err error) int {
+	var usage usageError
+	var code exitStatus
 	switch {
-	case len(os.Args) > 1 && os.Args[1] == "operator":
-		err = runOperator(ctx, os.Args[2:])
-	default:
-		err = fmt.Errorf("usage: cnpg-barman-s3 operator")
+	case err == nil || errors.Is(err, flag.ErrHelp):
+		return 0
+	case errors.As(err, &code):
+		return int(code)
+	case errors.As(err, &usage):
+		fmt.Fprintf(os.Stderr, "cnpg-barman-s3: %v\n", err)
+		return exitUsage
 	}
+	slog.Error(subcommand+" failed", "error", err)
+	return exitFailed
+}
+
+// ---------------------------------------------------------------------------
+// Flags and logging
+// ---------------------------------------------------------------------------
+
+// logFlags adds the flags that every subcommand has.
+func logFlags(fs *flag.FlagSet) {
+	format := logFormat()
+	level := "info"
+	fs.Func("log-level", "tell `LEVEL` and above: error, warning, info, debug, trace (default info)", func(v string) error {
+		level = v
+		return setLogger(level, format)
+	})
+	fs.Func("log-format", "write logs as `FORMAT`: json or text (default text on a terminal, otherwise json)", func(v string) error {
+		if v != "json" && v != "text" {
+			return errors.New("must be json or text")
+		}
+		format = v
+		return setLogger(level, format)
+	})
+}
+
+// parseFlags reads the flags and checks that n arguments follow them.
+func parseFlags(fs *flag.FlagSet, args []string, n int, names ...string) error {
+	fs.Usage = func() {
+		fmt.Fprintf(fs.Output(), "Usage: cnpg-barman-s3 %s\n\n", strings.Join(append([]string{fs.Name(), "FLAGS"}, names...), " "))
+		fs.PrintDefaults()
+	}
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return err
+		}
+		return exitStatus(exitUsage) // the flag package has told it
+	}
+	if fs.NArg() != n {
+		return usageError{fmt.Errorf("%s takes %d arguments after its flags (%s), not %d; see cnpg-barman-s3 %s --help",
+			fs.Name(), n, strings.Join(names, " "), fs.NArg(), fs.Name())}
+	}
+	return nil
+}
+
+func logFormat() string {
+	if term.IsTerminal(int(os.Stderr.Fd())) {
+		return "text"
+	}
+	return "json"
+}
+
+// levelTrace is below slog's own levels.
+const levelTrace = slog.Level(-8)
+
+var levelNames = map[slog.Level]string{slog.LevelError: "error", slog.LevelWarn: "warning", slog.LevelInfo: "info", slog.LevelDebug: "debug", levelTrace: "trace"}
+
+// setLogger writes logs to standard error in the shape of CloudNativePG's own: level,
+// ts, msg, logger, logging_pod, and the caller at debug and trace.
+func setLogger(name, format string) error {
+	var level slog.Level
+	found := false
+	for l, n := range levelNames {
+		if n == name {
+			level, found = l, true
+		}
+	}
+	if !found {
+		return fmt.Errorf("%q is not one of error, warning, info, debug, trace", name)
+	}
+	o := &slog.HandlerOptions{Level: level, AddSource: level <= slog.LevelDebug, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+		if len(groups) > 0 {
+			return a
+		}
+		switch v := a.Value.Any().(type) {
+		case time.Time:
+			if a.Key == slog.TimeKey {
+				return slog.String("ts", v.UTC().Format(time.RFC3339Nano))
+			}
+		case slog.Level:
+			if a.Key == slog.LevelKey {
+				return slog.String(slog.LevelKey, levelNames[v])
+			}
+		case *slog.Source:
+			return slog.String("caller", fmt.Sprintf("%s:%d", filepath.Base(v.File), v.Line))
+		case error:
+			return slog.String(a.Key, v.Error())
+		}
+		return a
+	}}
+	var handler slog.Handler = slog.NewTextHandler(os.Stderr, o)
+	if format == "json" {
+		handler = slog.NewJSONHandler(os.Stderr, o)
+		fields := []slog.Attr{slog.String("logger", PluginName)}
+		if pod := os.Getenv("POD_NAME"); pod != "" {
+			fields = append(fields, slog.String("logging_pod", pod))
+		}
+		handler = handler.WithAttrs(fields)
+	}
+	slog.SetDefault(slog.New(handler))
+	return nil
+}
+
+// storeFlags are the flags of the subcommands that work on one server in one store.
+type storeFlags struct {
+	file, name, server string
+}
+
+func (f *storeFlags) add(fs *flag.FlagSet) {
+	logFlags(fs)
+	fs.StringVar(&f.file, "objectstore", "", "the YAML `file` with the ObjectStore and its Secrets")
+	fs.StringVar(&f.name, "objectstore-name", "", "the `name` of the ObjectStore, when the file holds several")
+	fs.StringVar(&f.server, "server-name", "", "the server `name` under which the cluster's objects lie")
+}
+
+// open opens the store that the flags name.
+func (f *storeFlags) open(ctx context.Context) (*Store, error) {
+	switch {
+	case f.file == "":
+		return nil, usageError{errors.New("--objectstore FILE is missing: a YAML file with the ObjectStore and its Secrets")}
+	case f.server == "":
+		return nil, usageError{errors.New("--server-name NAME is missing: the name of the Cluster, unless its plugin parameter serverName says otherwise")}
+	}
+	source, err := newFileSource(f.file)
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		return nil, err
 	}
+	if f.name == "" {
+		names := source.names()
+		if len(names) > 1 {
+			return nil, usageError{fmt.Errorf("%s holds several ObjectStores: choose one with --objectstore-name: %s", f.file, strings.Join(names, ", "))}
+		}
+		f.name = names[0]
+	}
+	return source.Store(ctx, StoreRef{ObjectStore: f.name, ServerName: f.server})
+}
+
+// ---------------------------------------------------------------------------
+// Subcommands
+// ---------------------------------------------------------------------------
+
+func runWALArchive(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("wal-archive", flag.ContinueOnError)
+	var store storeFlags
+	store.add(fs)
+	empty := fs.Bool("check-empty", false, "first make sure that the WAL archive is empty, as for the first file of a new cluster")
+	if err := parseFlags(fs, args, 1, "PATH"); err != nil {
+		return err
+	}
+	s, err := store.open(ctx)
+	if err != nil {
+		return err
+	}
+	if *empty {
+		if err := checkEmptyArchive(ctx, s, fs.Arg(0)); err != nil {
+			return err
+		}
+	}
+	return archiveWAL(ctx, s, fs.Arg(0))
+}
+
+func runWALRestore(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("wal-restore", flag.ContinueOnError)
+	var store storeFlags
+	store.add(fs)
+	patience := fs.Duration("patience", 10*time.Minute, "retry a store that cannot be reached for this long")
+	if err := parseFlags(fs, args, 2, "NAME", "DESTINATION"); err != nil {
+		return err
+	}
+	s, err := store.open(ctx)
+	if err == nil {
+		pgdata := filepath.Dir(filepath.Dir(fs.Arg(1))) // DESTINATION is pg_wal/RECOVERYXLOG
+		err = restoreWAL(ctx, func() (*Store, error) { return s, nil }, fs.Arg(0), fs.Arg(1), restoreWALOptions{SystemID: systemIdentifier(pgdata), Patience: *patience})
+	}
+	if err != nil && !errors.Is(err, errNotFound) {
+		slog.Error("wal-restore failed", "error", err)
+		return exitStatus(exitNoAttempt)
+	}
+	return err
+}
+
+func runBackup(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("backup", flag.ContinueOnError)
+	var store storeFlags
+	store.add(fs)
+	name := fs.String("name", "", "give the backup this `name`")
+	immediate := fs.Bool("immediate-checkpoint", false, "do not wait for a spread checkpoint (also: data.immediateCheckpoint of the ObjectStore)")
+	if err := parseFlags(fs, args, 0); err != nil {
+		return err
+	}
+	s, err := store.open(ctx)
+	if err != nil {
+		return err
+	}
+	p := startProgress("backup")
+	defer p.stop()
+	info, err := takeBackup(ctx, s, backupOptions{
+		Name:           *name,
+		FastCheckpoint: *immediate || s.Config.Configuration.Data.ImmediateCheckpoint,
+		Progress:       p.update,
+	})
+	if err != nil {
+		return err
+	}
+	p.stop()
+	fmt.Println(info.ID)
+	return nil
+}
+
+func runList(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("list", flag.ContinueOnError)
+	var store storeFlags
+	store.add(fs)
+	output := fs.String("o", "table", "print as `FORMAT`: table or json")
+	if err := parseFlags(fs, args, 0); err != nil {
+		return err
+	}
+	if *output != "table" && *output != "json" {
+		return usageError{fmt.Errorf("list: -o must be table or json, not %q", *output)}
+	}
+	s, err := store.open(ctx)
+	if err != nil {
+		return err
+	}
+	c, err := s.Catalog(ctx)
+	if err != nil {
+		return err
+	}
+	sizes, err := s.BackupSizes(ctx)
+	if err != nil {
+		return err
+	}
+	rows := listRows(c, sizes)
+	if *output == "json" {
+		encoder := json.NewEncoder(os.Stdout)
+		encoder.SetIndent("", "  ")
+		return encoder.Encode(map[string]any{"serverName": s.Config.ServerName, "backups": rows})
+	}
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "ID\tNAME\tSTATUS\tBEGIN\tEND\tTIMELINE\tBEGIN WAL\tEND WAL\tSIZE")
+	for _, r := range rows {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", r.ID, dash(r.Name), r.Status, dash(r.BeginTime), dash(r.EndTime),
+			r.Timeline, dash(r.BeginWAL), dash(r.EndWAL), byteCount(r.Size))
+	}
+	return w.Flush()
+}
+
+// listRow is one backup as `list` shows it. Size is the bytes that its objects take in the bucket.
+type listRow struct {
+	ID        string `json:"id"`
+	Name      string `json:"name,omitempty"`
+	Status    string `json:"status"` // of backup.info, or UNREADABLE, or INCOMPLETE where there is none
+	Error     string `json:"error,omitempty"`
+	BeginTime string `json:"beginTime,omitempty"`
+	EndTime   string `json:"endTime,omitempty"`
+	Timeline  int    `json:"timeline,omitempty"`
+	BeginWAL  string `json:"beginWAL,omitempty"`
+	EndWAL    string `json:"endWAL,omitempty"`
+	BeginLSN  string `json:"beginLSN,omitempty"`
+	EndLSN    string `json:"endLSN,omitempty"`
+	Size      int64  `json:"size"`
+}
+
+func listRows(c *Catalog, sizes map[string]int64) []listRow {
+	rows := []listRow{}
+	for _, b := range c.Backups {
+		rows = append(rows, listRow{ID: b.ID, Name: b.BackupName, Status: b.Status, Error: b.Error,
+			BeginTime: timestamp(b.BeginTime), EndTime: timestamp(b.EndTime), Timeline: b.Timeline,
+			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: sizes[b.ID]})
+	}
+	for _, id := range c.Incomplete {
+		rows = append(rows, listRow{ID: id, Status: "INCOMPLETE", Size: sizes[id]})
+	}
+	for id, err := range c.Unreadable {
+		rows = append(rows, listRow{ID: id, Status: "UNREADABLE", Error: err.Error(), Size: sizes[id]})
+	}
+	slices.SortFunc(rows, func(a, b listRow) int { return strings.Compare(a.ID, b.ID) })
+	return rows
+}
+
+func timestamp(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(time.RFC3339)
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// byteCount prints a size with three digits or so.
+func byteCount(n int64) string {
+	f, unit := float64(n), 0
+	for f >= 1000 && unit < 5 {
+		f /= 1024
+		unit++
+	}
+	if unit == 0 {
+		return fmt.Sprintf("%d B", n)
+	}
+	return fmt.Sprintf("%.1f %ciB", f, "KMGTP"[unit-1])
+}
+
+func runHealthcheck(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("healthcheck", flag.ContinueOnError)
+	logFlags(fs)
+	socket := fs.String("socket", pluginSocket, "ask the sidecar on this unix `socket`")
+	if err := parseFlags(fs, args, 0); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	conn, err := grpc.NewClient("unix://"+*socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	reply, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
+	if err != nil {
+		return fmt.Errorf("ask %s: %w", *socket, err)
+	}
+	switch reply.Status {
+	case grpc_health_v1.HealthCheckResponse_SERVING:
+		return nil
+	case grpc_health_v1.HealthCheckResponse_UNKNOWN:
+		return exitStatus(2)
+	case grpc_health_v1.HealthCheckResponse_NOT_SERVING:
+		return exitStatus(3)
+	default:
+		return exitStatus(125)
+	}
+}
+
+// ---------------------------------------------------------------------------
+// Progress
+// ---------------------------------------------------------------------------
+
+// progress shows how far a backup or a restore has come: a bar on a terminal, a log line
+// every ten seconds otherwise.
+type progress struct {
+	what        string
+	start       time.Time
+	done, total atomic.Int64
+	bar         io.Writer // nil when there is no terminal
+	quit        chan struct{}
+	ended       chan struct{}
+}
+
+func startProgress(what string) *progress {
+	p := &progress{what: what, start: time.Now(), quit: make(chan struct{}), ended: make(chan struct{})}
+	interval := 10 * time.Second
+	if term.IsTerminal(int(os.Stderr.Fd())) {
+		p.bar, interval = os.Stderr, 200*time.Millisecond
+	}
+	go func() {
+		defer close(p.ended)
+		ticker := time.NewTicker(interval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ticker.C:
+				p.show()
+			case <-p.quit:
+				if p.bar != nil {
+					p.show()
+					fmt.Fprintln(p.bar)
+				}
+				return
+			}
+		}
+	}()
+	return p
+}
+
+// update takes bytes done and bytes in all (0: not known).
+func (p *progress) update(done, total int64) {
+	p.done.Store(done)
+	p.total.Store(total)
+}
+
+// stop ends the display; it may be called twice.
+func (p *progress) stop() {
+	select {
+	case <-p.quit:
+	default:
+		close(p.quit)
+	}
+	<-p.ended
+}
+
+func (p *progress) show() {
+	done, total := p.done.Load(), p.total.Load()
+	if done == 0 {
+		return
+	}
+	rate := float64(done) / time.Since(p.start).Seconds()
+	left := "unknown"
+	if total > done {
+		left = time.Duration(float64(total-done) / rate * float64(time.Second)).Round(time.Second).String()
+	} else if total > 0 {
+		left = "0s"
+	}
+	if p.bar == nil {
+		slog.Info("Progress", "of", p.what, "bytes", done, "total", total, "bytesPerSecond", int64(rate), "left", left)
+		return
+	}
+	const width = 30
+	filled := 0
+	if total > 0 {
+		filled = int(min(done, total) * width / total)
+	}
+	fmt.Fprintf(p.bar, "\r%s [%s%s] %s of %s, %s/s, %s left   ", p.what, strings.Repeat("=", filled), strings.Repeat(" ", width-filled),
+		byteCount(done), byteCount(total), byteCount(int64(rate)), left)
+}
+
+// binaryPath is how a recovery configuration names this program.
+func binaryPath() string {
+	path, err := os.Executable()
+	if err != nil {
+		return os.Args[0]
+	}
+	return path
 }

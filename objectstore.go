@@ -2025,6 +2025,20 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 	return c, nil
 }
 
+// BackupSizes sums up the bytes that the objects of each backup take in the bucket.
+func (s *Store) BackupSizes(ctx context.Context) (map[string]int64, error) {
+	sizes := map[string]int64{}
+	prefix := s.key("base/")
+	for o, err := range s.List(ctx, prefix) {
+		if err != nil {
+			return nil, err
+		}
+		id, _, _ := strings.Cut(strings.TrimPrefix(o.Key, prefix), "/")
+		sizes[id] += o.Size
+	}
+	return sizes, nil
+}
+
 // errBadBackupInfo says that a backup.info could be read but not understood.
 var errBadBackupInfo = errors.New("cannot be understood")
 

@@ -557,20 +557,25 @@ const maxRetryPause = 10 * time.Second
 
 // restoreWAL fetches a WAL file to the path destination, which appears complete and
 // checked or not at all. errNotFound means that the archive does not have it.
-func restoreWAL(ctx context.Context, s *Store, file, destination string, o restoreWALOptions) error {
+//
+// open opens the store; its failures are retried too, since PostgreSQL cannot tell them apart either.
+func restoreWAL(ctx context.Context, open func() (*Store, error), file, destination string, o restoreWALOptions) error {
 	name, err := parseWALName(file)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", file, err)
 	}
 	begin := time.Now()
 	for attempt := 1; ; attempt++ {
-		err := fetchWAL(ctx, s, name, destination, o.SystemID)
+		s, err := open()
+		if err == nil {
+			err = fetchWAL(ctx, s, name, destination, o.SystemID)
+		}
 		if err == nil {
 			return nil
 		}
 		err = fmt.Errorf("restore %s: %w", file, err)
 		hold := errors.Is(err, errTransient) || o.Patience == forever
-		pause := min(backoff(attempt)*2, maxRetryPause)
+		pause := min(2*backoff(attempt), maxRetryPause)
 		if errors.Is(err, errNotFound) || !hold || ctx.Err() != nil || time.Since(begin)+pause > o.Patience {
 			return err
 		}
@@ -787,11 +792,8 @@ func (w *walService) Restore(ctx context.Context, r *wal.WALRestoreRequest) (*wa
 	case streamingAvailable(cluster, w.instance):
 		o.Patience = streamingPatience
 	}
-	s, err := w.source.Store(ctx, *ref)
-	if err != nil {
-		return nil, grpcError(fmt.Errorf("restore %s: %w", r.SourceWalName, err))
-	}
-	if err := restoreWAL(ctx, s, r.SourceWalName, r.DestinationFileName, o); err != nil {
+	open := func() (*Store, error) { return w.source.Store(ctx, *ref) }
+	if err := restoreWAL(ctx, open, r.SourceWalName, r.DestinationFileName, o); err != nil {
 		return nil, grpcError(err)
 	}
 	return &wal.WALRestoreResult{}, nil
