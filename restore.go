@@ -1,0 +1,1298 @@
+// This file is everything about restoring: the choice of a base backup for a recovery
+// target, its download and extraction, the settings with which PostgreSQL finishes the
+// job, and the CNPG-I RestoreJobHooks service.
+
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cloudnative-pg/cnpg-i/pkg/restore/job"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// What can be wrong with a restore before anything is written, for errors.Is.
+var (
+	errNoBackup      = errors.New("no target backup found")
+	errBadTarget     = errors.New("bad recovery target")
+	errNotEmpty      = errors.New("the directory is not empty")
+	errNoRecoverable = errors.New("the backup cannot be recovered")
+)
+
+// ---------------------------------------------------------------------------
+// Choosing a backup
+// ---------------------------------------------------------------------------
+
+// recoveryGoal is a RecoveryTarget, checked and parsed.
+type recoveryGoal struct {
+	backupID string
+	time     time.Time // zero: no target time
+	lsn      LSN
+	hasLSN   bool
+	// The timeline to end on: a number, or the backup's own (current), or the latest
+	// one, which is PostgreSQL's default too.
+	timeline uint32
+	current  bool
+}
+
+// parseTarget checks a recovery target; nil means the end of the archive. It returns
+// errBadTarget, with the field that is wrong.
+func parseTarget(t *RecoveryTarget) (recoveryGoal, error) {
+	var g recoveryGoal
+	if t == nil {
+		return g, nil
+	}
+	var err error
+	g.backupID = t.BackupID
+	if t.TargetTime != "" {
+		if g.time, err = parseTargetTime(t.TargetTime); err != nil {
+			return g, fmt.Errorf("%w: targetTime %w", errBadTarget, err)
+		}
+	}
+	if t.TargetLSN != "" {
+		if g.lsn, err = parseLSN(t.TargetLSN); err != nil {
+			return g, fmt.Errorf("%w: targetLSN %w", errBadTarget, err)
+		}
+		g.hasLSN = true
+	}
+	switch t.TargetTLI {
+	case "", "latest":
+	case "current":
+		g.current = true
+	default:
+		// base 0, since PostgreSQL reads recovery_target_timeline with strtoul(..., 0)
+		n, err := strconv.ParseUint(t.TargetTLI, 0, 32)
+		if err != nil || n == 0 {
+			return g, fmt.Errorf("%w: targetTLI %q is not latest, current or the number of a timeline", errBadTarget, t.TargetTLI)
+		}
+		g.timeline = uint32(n)
+	}
+	if targets := namedTargets(t); len(targets) > 1 {
+		return g, fmt.Errorf("%w: PostgreSQL takes one of them, not %s together", errBadTarget, strings.Join(targets, " and "))
+	}
+	return g, nil
+}
+
+// namedTargets lists the fields that say where recovery ends.
+func namedTargets(t *RecoveryTarget) []string {
+	var set []string
+	for name, given := range map[string]bool{
+		"targetTime": t.TargetTime != "", "targetLSN": t.TargetLSN != "", "targetXID": t.TargetXID != "",
+		"targetName": t.TargetName != "", "targetImmediate": t.TargetImmediate != nil && *t.TargetImmediate,
+	} {
+		if given {
+			set = append(set, name)
+		}
+	}
+	slices.Sort(set)
+	return set
+}
+
+// parseTargetTime reads a point in time as PostgreSQL prints it, or as RFC 3339. A time
+// without zone is UTC, whatever the zone of the server or of this process.
+func parseTargetTime(s string) (time.Time, error) {
+	text := strings.TrimSpace(s)
+	text = strings.TrimSuffix(strings.TrimSuffix(text, " UTC"), " GMT")
+	text = strings.Replace(text, "T", " ", 1)
+	for _, zone := range []string{"", "Z07:00", "Z0700", "Z07", " Z07:00", " Z0700", " Z07"} {
+		for _, layout := range []string{"2006-01-02 15:04:05", "2006-01-02 15:04"} {
+			if t, err := time.Parse(layout+zone, text); err == nil { // Parse accepts a fraction of the seconds
+				return t.UTC(), nil
+			}
+		}
+	}
+	return time.Time{}, fmt.Errorf("%q is not a time such as 2006-01-02 15:04:05+00 or 2006-01-02T15:04:05Z", s)
+}
+
+// timelineHistories are the history files of an archive by timeline: where each of the
+// timeline's ancestors was left, oldest first.
+type timelineHistories map[uint32][]timelineSwitch
+
+// latest is the timeline that PostgreSQL's recovery_target_timeline=latest means for a
+// backup of timeline t: it asks for one history file after the other until one is
+// missing (findNewestTimeLine in timeline.c).
+func (h timelineHistories) latest(t uint32) uint32 {
+	for {
+		if _, ok := h[t+1]; !ok {
+			return t
+		}
+		t++
+	}
+}
+
+// offLine says why a position on a timeline is not on the way to the target timeline;
+// "" when it is.
+func (h timelineHistories) offLine(target, timeline uint32, at LSN) string {
+	if timeline == target {
+		return ""
+	}
+	history, ok := h[target]
+	if !ok {
+		return fmt.Sprintf("it is on timeline %d, and the archive has no %08X.history to say that timeline %d came from it", timeline, target, target)
+	}
+	for _, s := range history {
+		if s.Timeline != timeline {
+			continue
+		}
+		if at > s.At {
+			return fmt.Sprintf("it reached %s on timeline %d, which timeline %d had left at %s", at, timeline, target, s.At)
+		}
+		return ""
+	}
+	return fmt.Sprintf("it is on timeline %d, which is no ancestor of timeline %d", timeline, target)
+}
+
+// timelineOf is the timeline of a WAL file's name, or else the one given.
+func timelineOf(wal string, otherwise int) uint32 {
+	if w, err := parseWALName(wal); err == nil {
+		return w.Timeline
+	}
+	return uint32(otherwise)
+}
+
+// targetTimeline is the timeline on which recovery from b would end.
+func (g *recoveryGoal) targetTimeline(b *BackupInfo, h timelineHistories) uint32 {
+	own := timelineOf(b.EndWAL, b.Timeline)
+	switch {
+	case g.timeline != 0:
+		return g.timeline
+	case g.current:
+		return own
+	default:
+		return h.latest(own)
+	}
+}
+
+// unfit says why recovery cannot start from b; "" when it can.
+func (g *recoveryGoal) unfit(b *BackupInfo, h timelineHistories) string {
+	if !b.Done() {
+		if b.Error != "" {
+			return "it is not done: " + b.Error
+		}
+		return "it is not done"
+	}
+	begin, beginErr := parseLSN(b.BeginLSN)
+	end, endErr := parseLSN(b.EndLSN)
+	if beginErr != nil || endErr != nil {
+		return fmt.Sprintf("its backup.info has no begin_xlog and end_xlog (%q, %q)", b.BeginLSN, b.EndLSN)
+	}
+	// A backup of a standby may begin on one timeline and end on the next.
+	target := g.targetTimeline(b, h)
+	for _, p := range []struct {
+		timeline uint32
+		at       LSN
+	}{{timelineOf(b.BeginWAL, b.Timeline), begin}, {timelineOf(b.EndWAL, b.Timeline), end}} {
+		if why := h.offLine(target, p.timeline, p.at); why != "" {
+			return why
+		}
+	}
+	switch {
+	case g.hasLSN && g.backupID == "" && end >= g.lsn, g.hasLSN && end > g.lsn:
+		return fmt.Sprintf("it ended at %s, not before the target %s", end, g.lsn)
+	case !g.time.IsZero() && g.backupID == "" && b.EndTime.After(g.time):
+		return "it ended after the target time"
+	}
+	return ""
+}
+
+// chooseBackup picks the backup that recovery to a target starts from: the one that is
+// asked for, or the newest that ended before the target and lies on its line of descent.
+// errNoBackup comes with the list of what there is and why each was passed over.
+func chooseBackup(catalog *Catalog, target *RecoveryTarget, h timelineHistories) (*BackupInfo, error) {
+	g, err := parseTarget(target)
+	if err != nil {
+		return nil, err
+	}
+	newestFirst := slices.SortedFunc(slices.Values(catalog.Backups), func(a, b *BackupInfo) int {
+		return cmp.Or(cmp.Or(b.EndTime, b.BeginTime).Compare(cmp.Or(a.EndTime, a.BeginTime)), strings.Compare(b.ID, a.ID))
+	})
+	var passedOver []string
+	for _, b := range newestFirst {
+		if g.backupID != "" && b.ID != g.backupID {
+			continue
+		}
+		why := g.unfit(b, h)
+		if why == "" {
+			if !g.time.IsZero() && b.EndTime.After(g.time) {
+				slog.Warn("The backup ended after the target time: recovery succeeds only if nothing was committed in between",
+					"backupID", b.ID, "endTime", b.EndTime, "targetTime", g.time)
+			}
+			return b, nil
+		}
+		passedOver = append(passedOver, describeBackup(b)+": "+why)
+	}
+	if g.backupID != "" {
+		if len(passedOver) == 1 {
+			return nil, fmt.Errorf("%w: %s", errNoBackup, passedOver[0])
+		}
+		for _, b := range newestFirst {
+			passedOver = append(passedOver, describeBackup(b))
+		}
+		err = fmt.Errorf("%w: no backup found with ID %s", errNoBackup, g.backupID)
+	} else {
+		err = fmt.Errorf("%w for %s", errNoBackup, describeTarget(target))
+	}
+	for _, id := range slices.Backward(slices.Sorted(maps.Keys(catalog.Unreadable))) {
+		passedOver = append(passedOver, fmt.Sprintf("%s: %v", id, catalog.Unreadable[id]))
+	}
+	for _, id := range slices.Backward(catalog.Incomplete) {
+		passedOver = append(passedOver, id+": in progress or abandoned, it has no backup.info")
+	}
+	if n := len(passedOver) - maxListed; n > 0 {
+		passedOver = append(passedOver[:maxListed], fmt.Sprintf("and %d more", n))
+	}
+	if len(passedOver) == 0 {
+		return nil, fmt.Errorf("%w: there is no backup at all", err)
+	}
+	return nil, fmt.Errorf("%w; there is:\n  %s", err, strings.Join(passedOver, "\n  "))
+}
+
+// maxListed bounds the list of backups in an error.
+const maxListed = 50
+
+// describeBackup names a backup in an error message.
+func describeBackup(b *BackupInfo) string {
+	stamp := func(t time.Time) string {
+		if t.IsZero() {
+			return "?"
+		}
+		return t.UTC().Format("2006-01-02 15:04:05.999999Z07:00")
+	}
+	return fmt.Sprintf("%s (%s) %s, timeline %d, %s at %s to %s at %s", b.ID, cmp.Or(b.BackupName, "unnamed"), cmp.Or(b.Status, "of unknown status"),
+		b.Timeline, stamp(b.BeginTime), cmp.Or(b.BeginLSN, "?"), stamp(b.EndTime), cmp.Or(b.EndLSN, "?"))
+}
+
+// describeTarget says in words where recovery is to end.
+func describeTarget(t *RecoveryTarget) string {
+	if t == nil {
+		t = &RecoveryTarget{}
+	}
+	text := "the end of the archive"
+	switch {
+	case t.TargetTime != "":
+		text = "time " + t.TargetTime
+	case t.TargetLSN != "":
+		text = "LSN " + t.TargetLSN
+	case t.TargetXID != "":
+		text = "transaction " + t.TargetXID
+	case t.TargetName != "":
+		text = fmt.Sprintf("restore point %q", t.TargetName)
+	case t.TargetImmediate != nil && *t.TargetImmediate:
+		text = "the end of a backup"
+	}
+	return text + " on timeline " + cmp.Or(t.TargetTLI, "latest")
+}
+
+// findBackup reads the catalog and the timelines of a server and chooses the backup for a target.
+func findBackup(ctx context.Context, s *Store, target *RecoveryTarget) (*BackupInfo, error) {
+	goal, err := parseTarget(target)
+	if err != nil {
+		return nil, err
+	}
+	catalog, err := s.Catalog(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(catalog.Backups)+len(catalog.Incomplete)+len(catalog.Unreadable) == 0 {
+		return nil, nothingThere(ctx, s)
+	}
+	histories, err := readHistories(ctx, s, catalog, &goal)
+	if err != nil {
+		return nil, err
+	}
+	b, err := chooseBackup(catalog, target, histories)
+	if err != nil {
+		return nil, fmt.Errorf("server %q at %s: %w", s.Config.ServerName, s.URL(s.key("base/")), err)
+	}
+	slog.Info("Chose the base backup", "backupID", b.ID, "backupName", b.BackupName, "timeline", b.Timeline, "endTime", b.EndTime,
+		"endLSN", b.EndLSN, "target", describeTarget(target), "targetTimeline", goal.targetTimeline(b, histories), "backups", len(catalog.Backups))
+	return b, nil
+}
+
+// nothingThere explains an empty catalog: most often the server name is wrong.
+func nothingThere(ctx context.Context, s *Store) error {
+	names, err := s.ServerNames(ctx)
+	if err != nil {
+		return err
+	}
+	destination := s.Config.Configuration.DestinationPath
+	switch {
+	case slices.Contains(names, s.Config.ServerName):
+		return fmt.Errorf("%w: server %q has WAL but no base backup at %s", errNoBackup, s.Config.ServerName, s.URL(s.key("base/")))
+	case len(names) == 0:
+		return fmt.Errorf("%w: there is no server at all at %s: check destinationPath of ObjectStore %s", errNoBackup, destination, s.Config.Name)
+	}
+	return fmt.Errorf("%w: there is no server %q at %s, only %s: set serverName to one of them", errNoBackup, s.Config.ServerName, destination, strings.Join(names, ", "))
+}
+
+// readHistories finds out which timelines the archive knows, and reads the history files
+// that the choice among these backups depends on; the others stay empty.
+func readHistories(ctx context.Context, s *Store, catalog *Catalog, goal *recoveryGoal) (timelineHistories, error) {
+	_, objects, err := s.listLevel(ctx, s.key("wals/"))
+	if err != nil {
+		return nil, err
+	}
+	histories, stored := timelineHistories{}, map[uint32]walObject{}
+	for _, o := range objects {
+		base, c := splitSuffix(path.Base(o.Key))
+		if w, err := parseWALName(base); err == nil && w.Kind == walHistory {
+			histories[w.Timeline], stored[w.Timeline] = nil, walObject{object: o, Name: base, codec: c}
+		}
+	}
+	for _, b := range catalog.Backups {
+		t := goal.targetTimeline(b, histories)
+		if o, ok := stored[t]; ok && histories[t] == nil {
+			var content bytes.Buffer
+			if err := readWAL(ctx, s, o, &content); err != nil {
+				return nil, err
+			}
+			if histories[t], err = parseTimelineHistory(content.Bytes()); err != nil {
+				return nil, fmt.Errorf("%s: %w: %w", s.URL(o.Key), errDamaged, err)
+			}
+		}
+	}
+	return histories, nil
+}
+
+// ---------------------------------------------------------------------------
+// The archives of a backup
+// ---------------------------------------------------------------------------
+
+// dataArchive is one tar object of a backup.
+type dataArchive struct {
+	object
+	name   string // without suffixes: data, data_0001, 16384, 16384_0001
+	oid    uint32 // of the tablespace; 0 for PGDATA
+	number int    // 0 for data.tar, 1 for data_0001.tar, ...
+	codec  *codec
+}
+
+// dataArchiveForm is the name of a tar object; what follows .tar is the compression suffix.
+var dataArchiveForm = regexp.MustCompile(`^(data|[1-9]\d*)(?:_(\d{4,}))?\.tar(.*)$`)
+
+// listArchives finds the tar objects of a backup and makes sure that the set is
+// complete: PGDATA and each tablespace of backup.info has its archives, numbered without gap.
+func listArchives(ctx context.Context, s *Store, b *BackupInfo) ([]dataArchive, error) {
+	var archives []dataArchive
+	prefix := s.baseKey(b.ID, "")
+	for o, err := range s.List(ctx, prefix) {
+		if err != nil {
+			return nil, err
+		}
+		file := strings.TrimPrefix(o.Key, prefix)
+		m := dataArchiveForm.FindStringSubmatch(file)
+		if m == nil {
+			continue // backup.info, annotations, or foreign
+		}
+		a := dataArchive{object: o, name: strings.TrimSuffix(file, ".tar"+m[3])}
+		if base, c := splitSuffix(file); base == a.name+".tar" {
+			a.codec = c
+		} else {
+			return nil, fmt.Errorf("%w: the compression %s of %s is not known", errNoRecoverable, m[3], s.URL(o.Key))
+		}
+		if m[1] != "data" {
+			oid, err := strconv.ParseUint(m[1], 10, 32)
+			if err != nil {
+				return nil, fmt.Errorf("%w: %s is not named by the OID of a tablespace", errNoRecoverable, s.URL(o.Key))
+			}
+			a.oid = uint32(oid)
+		}
+		if m[2] != "" {
+			if a.number, err = strconv.Atoi(m[2]); err != nil || a.number == 0 {
+				return nil, fmt.Errorf("%w: %s has a bad number", errNoRecoverable, s.URL(o.Key))
+			}
+		}
+		archives = append(archives, a)
+	}
+	slices.SortFunc(archives, func(a, b dataArchive) int {
+		return cmp.Or(cmp.Compare(a.oid, b.oid), cmp.Compare(a.number, b.number))
+	})
+
+	expected := map[uint32]string{0: "data.tar"}
+	for _, t := range b.Tablespaces {
+		expected[t.OID] = fmt.Sprintf("%d.tar (tablespace %q)", t.OID, t.Name)
+	}
+	count := map[uint32]int{}
+	for i, a := range archives {
+		switch {
+		case expected[a.oid] == "":
+			return nil, fmt.Errorf("%w: %s belongs to no tablespace of its backup.info", errNoRecoverable, s.URL(a.Key))
+		case a.number < count[a.oid]:
+			return nil, fmt.Errorf("%w: %s and %s are the same archive", errNoRecoverable, s.URL(archives[i-1].Key), s.URL(a.Key))
+		case a.number > count[a.oid]:
+			return nil, fmt.Errorf("%w: there is %s, but not number %d of its archives", errNoRecoverable, s.URL(a.Key), count[a.oid])
+		}
+		count[a.oid]++
+	}
+	for _, oid := range slices.Sorted(maps.Keys(expected)) {
+		if count[oid] == 0 {
+			return nil, fmt.Errorf("%w: there is no %s at %s", errNoRecoverable, expected[oid], s.URL(prefix))
+		}
+	}
+	return archives, nil
+}
+
+// checkFirstWAL makes sure that recovery can begin: the archive, or the backup itself,
+// has the first segment in some form.
+func checkFirstWAL(ctx context.Context, s *Store, b *BackupInfo) error {
+	w, err := parseWALName(b.BeginWAL)
+	if err != nil || w.Kind != walSegment {
+		return fmt.Errorf("%w: its begin_wal %q is not the name of a WAL segment", errNoRecoverable, b.BeginWAL)
+	}
+	if slices.Contains(b.WALInBackup, b.BeginWAL) {
+		return nil
+	}
+	// A .partial will do: it is handed to PostgreSQL when there is no complete segment.
+	objects, err := walObjects(ctx, s, b.BeginWAL)
+	if err != nil {
+		return fmt.Errorf("check that the archive has the first WAL segment %s: %w", b.BeginWAL, err)
+	}
+	if len(objects) == 0 {
+		return fmt.Errorf("%w: the archive does not have its first WAL segment, %s: choose a later backup",
+			errNoRecoverable, s.URL(s.walPrefix(b.BeginWAL)))
+	}
+	return nil
+}
+
+// ---------------------------------------------------------------------------
+// Restoring a backup
+// ---------------------------------------------------------------------------
+
+// restoreOptions say where a backup goes.
+type restoreOptions struct {
+	Dir         string            // PGDATA: missing or empty
+	WALDir      string            // where pg_wal is to be a link to; "" for a directory in PGDATA
+	Tablespaces map[string]string // new locations by name, before restoreAdditionalCommandArgs and backup.info
+	Jobs        int               // archives in flight at once; 0 means data.jobs
+	// Progress is called now and then, by one goroutine at a time, with the stored bytes read so far.
+	Progress func(done, total int64)
+}
+
+const (
+	defaultJobs    = 2         // data.jobs where it is not set
+	copyBufferSize = 256 << 10 // per job
+
+	controlFile = "global/pg_control"
+	// stagedSuffix marks a file that is not yet what its name without it says. PostgreSQL
+	// does not start without pg_control, and pg_control is the last to lose the suffix.
+	stagedSuffix = ".restoring"
+	// incompleteFile lies in each directory that a restore is writing to: by it a later
+	// restore tells the leftovers of an interrupted one, which it may remove.
+	incompleteFile = "restore.incomplete"
+)
+
+// restoreBackup restores the files of a backup. Nothing is written unless the backup is
+// complete, the first WAL segment is there, and the directories are missing or empty.
+// When it returns nil everything is on disk; after an error, or when it is interrupted,
+// there is no global/pg_control, so that nothing takes the directory for a database.
+func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOptions) error {
+	fail := func(err error) error { return fmt.Errorf("restore backup %s: %w", b.ID, err) }
+	archives, err := listArchives(ctx, s, b)
+	if err != nil {
+		return fail(err)
+	}
+	if err := checkFirstWAL(ctx, s, b); err != nil {
+		return fail(err)
+	}
+	r := &restorer{store: s, backup: b, progress: o.Progress, tablespaces: map[uint32]*targetDir{}, winners: map[string]int{}}
+	for _, a := range archives {
+		r.total += a.Size
+	}
+	if err := r.plan(o); err != nil {
+		return fail(err)
+	}
+	defer r.close()
+	err = r.open()
+	if err == nil {
+		jobs := cmp.Or(o.Jobs, s.Config.Configuration.Data.Jobs, defaultJobs)
+		err = r.extractAll(ctx, archives, jobs)
+	}
+	if err == nil {
+		err = r.finish()
+	}
+	if err != nil {
+		return fail(fmt.Errorf("%w (what was restored so far stays in %s, unusable, until it is removed or the restore is run again)", err, r.paths()))
+	}
+	return nil
+}
+
+// restorer is one restore in progress.
+type restorer struct {
+	store       *Store
+	backup      *BackupInfo
+	data        *targetDir
+	wal         *targetDir            // nil when pg_wal is a directory in PGDATA
+	tablespaces map[uint32]*targetDir // by OID
+	// inside are the tablespace directories below PGDATA. Barman stores their files in
+	// data.tar as well as in their own archives, of which the latter count.
+	inside []string
+
+	mu sync.Mutex
+	// winners holds, for each staged file of PGDATA, the highest number of an archive
+	// that had it: of a file that is stored twice the later one counts, and archives are
+	// extracted in parallel.
+	winners     map[string]int
+	progress    func(done, total int64)
+	done, total int64
+}
+
+// targetDir is a directory that a restore writes to. Nothing is ever written outside of
+// it: os.Root follows no link that leads out.
+type targetDir struct {
+	path     string
+	root     *os.Root
+	leftover bool // it holds what an interrupted restore left
+}
+
+// plan decides which directory each part of the backup goes to, and checks them without
+// changing anything.
+func (r *restorer) plan(o restoreOptions) error {
+	target := func(dir string) (*targetDir, error) {
+		dir, err := filepath.Abs(dir)
+		if err != nil {
+			return nil, err
+		}
+		for _, t := range r.targets() {
+			if t.path == dir {
+				return nil, fmt.Errorf("%s would be two of data directory, WAL directory and tablespaces at once: give --tablespace NAME:PATH another path", dir)
+			}
+		}
+		t := &targetDir{path: dir}
+		return t, t.check()
+	}
+	var err error
+	if r.data, err = target(o.Dir); err != nil {
+		return err
+	}
+	if o.WALDir != "" {
+		if r.wal, err = target(o.WALDir); err != nil {
+			return err
+		}
+	}
+	known := map[string]bool{}
+	for _, t := range r.backup.Tablespaces {
+		known[t.Name] = true
+		location := t.Location
+		// A tablespace inside PGDATA goes where PGDATA goes; the location of one made
+		// with allow_in_place_tablespaces is relative to it.
+		if rel, err := filepath.Rel(cmp.Or(r.backup.PGData, "/"), location); err == nil && r.backup.PGData != "" && filepath.IsLocal(rel) {
+			location = filepath.Join(r.data.path, rel)
+		} else if !filepath.IsAbs(location) {
+			location = filepath.Join(r.data.path, location)
+		}
+		location = cmp.Or(o.Tablespaces[t.Name], r.store.dataRestore.Tablespaces[t.Name], location)
+		if r.tablespaces[t.OID], err = target(location); err != nil {
+			return fmt.Errorf("tablespace %q: %w", t.Name, err)
+		}
+		for _, original := range []string{t.Location, r.tablespaces[t.OID].path} {
+			for _, base := range []string{r.backup.PGData, r.data.path} {
+				if rel, err := filepath.Rel(base, original); err == nil && base != "" && filepath.IsLocal(rel) {
+					r.inside = append(r.inside, filepath.ToSlash(rel))
+				}
+			}
+		}
+	}
+	for name := range o.Tablespaces {
+		if !known[name] {
+			return fmt.Errorf("the backup has no tablespace %q, only %q", name, slices.Sorted(maps.Keys(known)))
+		}
+	}
+	return nil
+}
+
+// targets are all directories of the restore, PGDATA first.
+func (r *restorer) targets() []*targetDir {
+	var all []*targetDir
+	for _, t := range append([]*targetDir{r.data, r.wal}, slices.Collect(maps.Values(r.tablespaces))...) {
+		if t != nil {
+			all = append(all, t)
+		}
+	}
+	return all
+}
+
+func (r *restorer) paths() string {
+	var paths []string
+	for _, t := range r.targets() {
+		paths = append(paths, t.path)
+	}
+	slices.Sort(paths[1:])
+	return strings.Join(paths, ", ")
+}
+
+// check makes sure that a directory is missing, or empty, or holds the leftovers of an
+// interrupted restore. lost+found is the file system's own.
+func (t *targetDir) check() error {
+	entries, err := os.ReadDir(t.path)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	entries = slices.DeleteFunc(entries, func(e fs.DirEntry) bool { return e.Name() == "lost+found" })
+	t.leftover = slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == incompleteFile })
+	if t.leftover && fileExists(filepath.Join(t.path, controlFile)) {
+		t.leftover = false
+	}
+	if len(entries) > 0 && !t.leftover {
+		return fmt.Errorf("%s: %w (it has %q): restore into a new or empty directory", t.path, errNotEmpty, entries[0].Name())
+	}
+	return nil
+}
+
+// open makes the directories, clears what an interrupted restore left in them, and marks
+// them as incomplete.
+func (r *restorer) open() error {
+	note := fmt.Appendf(nil, "A restore of backup %s began here at %s and has not ended.\nIf none is running, the directory is unusable and can be removed.\n",
+		r.backup.ID, time.Now().UTC().Format(time.RFC3339))
+	for _, t := range r.targets() {
+		if err := os.MkdirAll(t.path, 0o700); err != nil {
+			return err
+		}
+		var err error
+		if t.root, err = os.OpenRoot(t.path); err != nil {
+			return err
+		}
+		if t.leftover {
+			slog.Info("Removing what an interrupted restore left", "directory", t.path)
+			if err := t.clear(); err != nil {
+				return err
+			}
+		}
+		if err := t.root.WriteFile(incompleteFile, note, 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// clear removes everything but lost+found, the mark of an interrupted restore last.
+func (t *targetDir) clear() error {
+	entries, err := os.ReadDir(t.path)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() == "lost+found" || e.Name() == incompleteFile {
+			continue
+		}
+		if err := t.root.RemoveAll(e.Name()); err != nil {
+			return err
+		}
+	}
+	return t.root.Remove(incompleteFile)
+}
+
+func (r *restorer) close() {
+	for _, t := range r.targets() {
+		if t.root != nil {
+			t.root.Close()
+		}
+	}
+}
+
+// extractAll extracts the archives, several at once, each as one stream.
+func (r *restorer) extractAll(ctx context.Context, archives []dataArchive, jobs int) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(jobs)
+	for _, a := range archives {
+		g.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return err // another archive has failed
+			}
+			return r.extract(ctx, a)
+		})
+	}
+	return g.Wait()
+}
+
+// extract reads one archive from its first to its last byte: Get, codec, tar, files.
+func (r *restorer) extract(ctx context.Context, a dataArchive) error {
+	body, err := r.store.Get(ctx, a.Key)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	url := r.store.URL(a.Key)
+	if body.Size != a.Size {
+		return fmt.Errorf("%s: it has %d bytes, and had %d in the listing: somebody is writing to this backup", url, body.Size, a.Size)
+	}
+	z, err := a.codec.newReader(progressReader{body, r})
+	if err != nil {
+		return archiveError(url, err)
+	}
+	defer z.Close()
+	stream := &endReader{r: z}
+	archive := tar.NewReader(stream)
+	buffer := make([]byte, copyBufferSize)
+	for {
+		entry, err := archive.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return archiveError(url, err)
+		}
+		if err := r.entry(a, entry, archive, buffer); err != nil {
+			return archiveError(fmt.Sprintf("%s: entry %q", url, entry.Name), err)
+		}
+	}
+	// archive/tar takes the end of the stream for the end of the archive, which it is not:
+	// that is two zero blocks.
+	if stream.ended {
+		return fmt.Errorf("%s: %w: it ends without the end-of-archive mark, so it is not complete", url, errDamaged)
+	}
+	// What follows is padding, but only at its very end can the codec check the stream.
+	if _, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{stream}, buffer); err != nil {
+		return archiveError(url, err)
+	}
+	return nil
+}
+
+// archiveError says what an error happened to. One that is neither of the transport nor
+// of the local disk is a judgement on the archive.
+func archiveError(what string, err error) error {
+	var transport *storeError
+	var file *fs.PathError
+	var link *os.LinkError
+	switch {
+	case errors.As(err, &transport):
+		return err // it names the object
+	case errors.As(err, &file), errors.As(err, &link), errors.Is(err, errDamaged),
+		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return fmt.Errorf("%s: %w: %w", what, errDamaged, err)
+}
+
+// progressReader counts what is read of an object.
+type progressReader struct {
+	io.Reader
+	r *restorer
+}
+
+func (p progressReader) Read(b []byte) (int, error) {
+	n, err := p.Reader.Read(b)
+	if p.r.progress != nil {
+		p.r.mu.Lock()
+		defer p.r.mu.Unlock()
+		p.r.done += int64(n)
+		p.r.progress(p.r.done, p.r.total)
+	}
+	return n, err
+}
+
+// endReader notices when its reader was asked for more than there was.
+type endReader struct {
+	r     io.Reader
+	ended bool
+}
+
+func (e *endReader) Read(b []byte) (int, error) {
+	n, err := e.r.Read(b)
+	if n > 0 && err == io.EOF {
+		err = nil // it is said again by the next Read
+	}
+	e.ended = e.ended || n == 0 && err == io.EOF
+	return n, err
+}
+
+// ---------------------------------------------------------------------------
+// The entries of an archive
+// ---------------------------------------------------------------------------
+
+// Modes are those of the archive, narrowed to what PostgreSQL accepts of a data
+// directory with group access, and with all rights for the owner.
+const (
+	maxFileMode, minFileMode = 0o640, 0o600
+	maxDirMode, minDirMode   = 0o750, 0o700
+)
+
+// entry restores one entry of an archive.
+func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer []byte) error {
+	if h.Typeflag == tar.TypeXGlobalHeader {
+		return nil
+	}
+	name := path.Clean(h.Name)
+	if h.Name == "" || !filepath.IsLocal(name) {
+		return fmt.Errorf("%w: its name leads out of the directory", errDamaged)
+	}
+	t, name := r.route(a, name)
+	if t == nil {
+		return nil
+	}
+	mode := fs.FileMode(h.Mode)
+	switch h.Typeflag {
+	case tar.TypeReg:
+		// The size that such a header tells is not bounded by the bytes that follow it.
+		for record := range h.PAXRecords {
+			if strings.HasPrefix(record, "GNU.sparse.") {
+				return fmt.Errorf("%w: it is a sparse file, which no backup has", errDamaged)
+			}
+		}
+		return r.file(t, a, name, mode&maxFileMode|minFileMode, content, buffer)
+	case tar.TypeDir:
+		return t.directory(name, mode&maxDirMode|minDirMode)
+	case tar.TypeSymlink:
+		if t == r.data && name == "pg_wal" {
+			return nil // the place of pg_wal is decided here
+		}
+		// A link may point anywhere, as the server's own do to its certificates, since
+		// nothing is written through one that leads out.
+		return t.replace(name, func() error { return t.root.Symlink(h.Linkname, name) })
+	case tar.TypeLink:
+		// Barman makes them of files that have several names (Python's tarfile).
+		old := path.Clean(h.Linkname)
+		if h.Linkname == "" || !filepath.IsLocal(old) {
+			return fmt.Errorf("%w: it is a hard link to %q, which leads out of the directory", errDamaged, h.Linkname)
+		}
+		return t.replace(name, func() error { return t.root.Link(old, name) })
+	default:
+		return fmt.Errorf("%w: it is of type %q, neither file, directory nor link", errDamaged, h.Typeflag)
+	}
+}
+
+// route finds the directory that an entry goes to, and its name in it; nil when it is to be left out.
+func (r *restorer) route(a dataArchive, name string) (*targetDir, string) {
+	if a.oid != 0 {
+		return r.tablespaces[a.oid], name
+	}
+	switch name {
+	case "postmaster.pid", // of a server that does not run here
+		"tablespace_map": // links are made from backup.info; PostgreSQL would undo a relocation (xlogrecovery.c)
+		return nil, ""
+	}
+	for _, dir := range r.inside {
+		if name == dir || strings.HasPrefix(name, dir+"/") {
+			return nil, ""
+		}
+	}
+	if oid, ok := strings.CutPrefix(name, "pg_tblspc/"); ok {
+		oid, _, _ = strings.Cut(oid, "/")
+		if n, err := strconv.ParseUint(oid, 10, 32); err == nil && r.tablespaces[uint32(n)] != nil {
+			return nil, ""
+		}
+	}
+	if r.wal != nil {
+		if name == "pg_wal" {
+			return nil, ""
+		}
+		if rest, ok := strings.CutPrefix(name, "pg_wal/"); ok {
+			return r.wal, rest
+		}
+	}
+	return r.data, name
+}
+
+// file writes one file. Those that a backup may hold twice, and pg_control, are staged
+// under another name first: the files in the root of PGDATA, where Barman adds the
+// server's configuration files and, last of all, the backup_label.
+func (r *restorer) file(t *targetDir, a dataArchive, name string, mode fs.FileMode, content io.Reader, buffer []byte) error {
+	staged := name + stagedSuffix + "." + a.name
+	if t == r.data && (name == controlFile || !strings.Contains(name, "/")) {
+		if err := t.write(staged, mode, content, buffer); err != nil {
+			return err
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if winner, ok := r.winners[name]; ok && winner > a.number {
+			return t.root.Remove(staged)
+		}
+		r.winners[name] = a.number
+		if name == controlFile {
+			name += stagedSuffix
+		}
+		return t.root.Rename(staged, name)
+	}
+	err := t.write(name, mode, content, buffer)
+	if errors.Is(err, fs.ErrExist) { // stored twice: the other one may still be being written
+		if err = t.write(staged, mode, content, buffer); err == nil {
+			err = t.root.Rename(staged, name)
+		}
+	}
+	return err
+}
+
+// write creates a file, and its directory if need be. It does not touch one that exists.
+func (t *targetDir) write(name string, mode fs.FileMode, content io.Reader, buffer []byte) (err error) {
+	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL
+	f, err := t.root.OpenFile(name, flags, mode)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := t.root.MkdirAll(path.Dir(name), minDirMode); err != nil {
+			return err
+		}
+		f, err = t.root.OpenFile(name, flags, mode)
+	}
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if closeErr := f.Close(); err == nil {
+			err = closeErr
+		}
+	}()
+	// A bare Writer and Reader, lest io.CopyBuffer take their shortcuts around the buffer.
+	_, err = io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{content}, buffer)
+	return err
+}
+
+// directory makes a directory, or gives one that is there its mode.
+func (t *targetDir) directory(name string, mode fs.FileMode) error {
+	err := t.root.Mkdir(name, mode)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = t.root.MkdirAll(path.Dir(name), minDirMode); err == nil {
+			err = t.root.Mkdir(name, mode)
+		}
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	info, err := t.root.Lstat(name)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%w: it is a directory here and %s elsewhere in the backup", errDamaged, info.Mode().Type())
+	}
+	return t.root.Chmod(name, mode)
+}
+
+// replace makes a link in place of what an earlier entry of this name has left.
+func (t *targetDir) replace(name string, link func() error) error {
+	err := link()
+	if errors.Is(err, fs.ErrNotExist) {
+		if mkdirErr := t.root.MkdirAll(path.Dir(name), minDirMode); mkdirErr != nil {
+			return mkdirErr
+		}
+		err = link()
+	}
+	if errors.Is(err, fs.ErrExist) {
+		if info, statErr := t.root.Lstat(name); statErr != nil || info.IsDir() {
+			return err
+		}
+		if err := t.root.Remove(name); err != nil {
+			return err
+		}
+		err = link()
+	}
+	return err
+}
+
+// ---------------------------------------------------------------------------
+// The end of a restore
+// ---------------------------------------------------------------------------
+
+// finish adds what a backup leaves out, makes everything durable, and only then lets the
+// directory be a database: pg_control gets its name.
+func (r *restorer) finish() error {
+	root := r.data.root
+	if _, err := root.Lstat(controlFile + stagedSuffix); err != nil {
+		return fmt.Errorf("%w: no archive of the backup has %s", errDamaged, controlFile)
+	}
+	// Without backup_label PostgreSQL would start from the wrong checkpoint, and silently corrupt.
+	if _, err := root.Lstat("backup_label"); errors.Is(err, fs.ErrNotExist) {
+		if r.backup.BackupLabel == "" {
+			return fmt.Errorf("%w: neither the archives nor backup.info have the backup_label", errDamaged)
+		}
+		if err := root.WriteFile("backup_label", []byte(r.backup.BackupLabel), minFileMode); err != nil {
+			return err
+		}
+	}
+	if r.wal != nil {
+		if err := root.Symlink(r.wal.path, "pg_wal"); err != nil {
+			return err
+		}
+		if err := r.wal.root.MkdirAll("archive_status", minDirMode); err != nil {
+			return err
+		}
+	} else if err := root.MkdirAll("pg_wal/archive_status", minDirMode); err != nil {
+		return err
+	}
+	if err := root.MkdirAll("pg_tblspc", minDirMode); err != nil {
+		return err
+	}
+	for oid, t := range r.tablespaces {
+		link := fmt.Sprintf("pg_tblspc/%d", oid)
+		if t.path == filepath.Join(r.data.path, link) {
+			continue // allow_in_place_tablespaces: a directory
+		}
+		if err := root.Symlink(t.path, link); err != nil {
+			return err
+		}
+	}
+
+	for _, t := range r.targets() {
+		if err := t.sync(); err != nil {
+			return err
+		}
+	}
+	for _, t := range r.targets() {
+		if err := t.root.Remove(incompleteFile); err != nil {
+			return err
+		}
+		if err := t.syncDir("."); err != nil {
+			return err
+		}
+	}
+	if err := root.Rename(controlFile+stagedSuffix, controlFile); err != nil {
+		return err
+	}
+	return r.data.syncDir("global")
+}
+
+// sync writes the whole file system of a directory to disk. Errors that earlier writes
+// met are reported here too (syncfs(2), since Linux 5.8).
+func (t *targetDir) sync() error {
+	d, err := t.root.Open(".")
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return &fs.PathError{Op: "sync the file system of", Path: t.path, Err: err}
+	}
+	return nil
+}
+
+// syncDir makes the names in a directory durable.
+func (t *targetDir) syncDir(name string) error {
+	d, err := t.root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// ---------------------------------------------------------------------------
+// Recovery settings
+// ---------------------------------------------------------------------------
+
+// restoreCommand makes a restore_command of a program and its arguments, to which
+// PostgreSQL adds the name and the destination of each WAL file.
+func restoreCommand(program string, args ...string) string {
+	var words []string
+	for _, w := range append([]string{program}, args...) {
+		if w == "" || strings.Trim(w, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./:=,+@-") != "" {
+			w = "'" + strings.ReplaceAll(w, "'", `'\''`) + "'"
+		}
+		words = append(words, strings.ReplaceAll(w, "%", "%%")) // PostgreSQL expands %f, %p, %r and %%
+	}
+	return strings.Join(append(words, `"%f"`, `"%p"`), " ")
+}
+
+// writeRecoverySettings lets `pg_ctl start` finish a restore into dir: it adds the
+// restore_command and the target to postgresql.auto.conf and creates recovery.signal.
+func writeRecoverySettings(dir string, target *RecoveryTarget, restoreCommand string) error {
+	goal, err := parseTarget(target)
+	if err != nil {
+		return err
+	}
+	t := RecoveryTarget{}
+	if target != nil {
+		t = *target
+	}
+	settings := [][2]string{{"restore_command", restoreCommand}, {"recovery_target_timeline", cmp.Or(t.TargetTLI, "latest")},
+		{"recovery_target_action", "promote"}, {"recovery_target_inclusive", "true"}}
+	if t.Exclusive != nil && *t.Exclusive {
+		settings[len(settings)-1][1] = "false"
+	}
+	// PostgreSQL refuses to start with two targets, and one may have been left in the
+	// backup by an earlier recovery. The empty ones must come first: each assignment is
+	// checked against the target so far (guc hooks in xlogrecovery.c).
+	values := map[string]string{"xid": t.TargetXID, "name": t.TargetName}
+	if !goal.time.IsZero() {
+		values["time"] = goal.time.Format("2006-01-02 15:04:05.999999+00")
+	}
+	if goal.hasLSN {
+		values["lsn"] = goal.lsn.String()
+	}
+	suffix := ""
+	if t.TargetImmediate != nil && *t.TargetImmediate {
+		values[suffix] = "immediate"
+	}
+	names := []string{"", "_time", "_lsn", "_xid", "_name"}
+	slices.SortStableFunc(names, func(a, b string) int {
+		return cmp.Compare(len(values[strings.TrimPrefix(a, "_")]), len(values[strings.TrimPrefix(b, "_")]))
+	})
+	for _, name := range names {
+		settings = append(settings, [2]string{"recovery_target" + name, values[strings.TrimPrefix(name, "_")]})
+	}
+	var text strings.Builder
+	fmt.Fprintf(&text, "\n# recovery to %s\n", strings.ReplaceAll(describeTarget(target), "\n", " "))
+	quote := strings.NewReplacer("'", "''", `\`, `\\`)
+	for _, s := range settings {
+		if strings.ContainsAny(s[1], "\n\x00") {
+			return fmt.Errorf("%w: %s cannot have a newline in it: %q", errBadTarget, s[0], s[1])
+		}
+		fmt.Fprintf(&text, "%s = '%s'\n", s[0], quote.Replace(s[1]))
+	}
+
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if err := appendSynced(root, "postgresql.auto.conf", text.String()); err != nil {
+		return err
+	}
+	if err := root.Remove("standby.signal"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := appendSynced(root, "recovery.signal", ""); err != nil {
+		return err
+	}
+	return (&targetDir{path: dir, root: root}).syncDir(".")
+}
+
+func appendSynced(root *os.Root, name, text string) error {
+	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, minFileMode)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	if err == nil {
+		err = f.Sync()
+	}
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	return err
+}
+
+// ---------------------------------------------------------------------------
+// The CNPG-I RestoreJobHooks service
+// ---------------------------------------------------------------------------
+
+// walVolume is where CloudNativePG puts pg_wal when the Cluster has walStorage.
+const walVolume = "/var/lib/postgresql/wal/pg_wal"
+
+// recoveryConfig is the answer to the operator, which adds the recovery target itself.
+// The restore_command is CloudNativePG's own, which comes back to our WAL service.
+const recoveryConfig = "recovery_target_action = promote\n" +
+	"restore_command = '/controller/manager wal-restore --log-destination /controller/log/postgres.json %f %p'\n"
+
+// restoreJobService restores the data directory of a new cluster.
+type restoreJobService struct {
+	job.UnimplementedRestoreJobHooksServer
+	source configSource
+	pgdata string
+	walDir string // walVolume
+	// progress makes the callback that reports on one restore; nil for none.
+	progress func(what string) func(done, total int64)
+}
+
+// GetCapabilities is part of the handshake.
+func (r *restoreJobService) GetCapabilities(context.Context, *job.RestoreJobHooksCapabilitiesRequest) (*job.RestoreJobHooksCapabilitiesResult, error) {
+	return &job.RestoreJobHooksCapabilitiesResult{
+		Capabilities: []*job.RestoreJobHooksCapability{{Kind: job.RestoreJobHooksCapability_KIND_RESTORE}}}, nil
+}
+
+// Restore restores the base backup that the Cluster's recovery target asks for.
+func (r *restoreJobService) Restore(ctx context.Context, request *job.RestoreRequest) (*job.RestoreResponse, error) {
+	cluster, err := DecodeCluster(request.ClusterDefinition)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	if err := r.restore(ctx, cluster, request.CheckEmptyWalArchive); err != nil {
+		return nil, restoreError(fmt.Errorf("restore Cluster %s: %w", cluster.Name, err))
+	}
+	return &job.RestoreResponse{RestoreConfig: recoveryConfig}, nil
+}
+
+func (r *restoreJobService) restore(ctx context.Context, cluster *Cluster, check *bool) error {
+	ref := cluster.RecoveryStore()
+	if ref == nil {
+		return fmt.Errorf("%w: set spec.bootstrap.recovery.source to the name of an entry of spec.externalClusters whose plugin is %s, "+
+			"with the parameter barmanObjectName", errNoRecoveryStore, PluginName)
+	}
+	source, err := r.source.Store(ctx, *ref)
+	if err != nil {
+		return err
+	}
+	if archive := cluster.ArchiveStore(); archive != nil {
+		wanted := cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled"
+		if check != nil { // operators before 1.30 leave the decision to us
+			wanted = *check
+		}
+		if wanted {
+			if err := r.checkDestination(ctx, source, *archive); err != nil {
+				return err
+			}
+		}
+	}
+	var target *RecoveryTarget
+	if cluster.Spec.Bootstrap.Recovery != nil {
+		target = cluster.Spec.Bootstrap.Recovery.RecoveryTarget
+	}
+	b, err := findBackup(ctx, source, target)
+	if err != nil {
+		return err
+	}
+	o := restoreOptions{Dir: r.pgdata}
+	if cluster.Spec.WALStorage != nil {
+		o.WALDir = r.walDir
+	}
+	if r.progress != nil {
+		o.Progress = r.progress("restore of backup " + b.ID)
+	}
+	start := time.Now()
+	if err := restoreBackup(ctx, source, b, o); err != nil {
+		return err
+	}
+	slog.Info("Restored the base backup", "backupID", b.ID, "pgdata", r.pgdata, "seconds", time.Since(start).Seconds())
+	return nil
+}
+
+// checkDestination makes sure, before anything is restored, that the new cluster will
+// be able to archive: nobody else's WAL is in the way.
+func (r *restoreJobService) checkDestination(ctx context.Context, source *Store, ref StoreRef) error {
+	destination, err := r.source.Store(ctx, ref)
+	if err != nil {
+		return err
+	}
+	err = checkEmptyArchive(ctx, destination, "")
+	if errors.Is(err, errArchiveNotEmpty) && source.Config.Configuration.EndpointURL == destination.Config.Configuration.EndpointURL &&
+		source.URL(source.key()) == destination.URL(destination.key()) {
+		return fmt.Errorf("the new cluster would archive to the very place that it is restored from, %s: set another serverName in its spec.plugins: %w",
+			source.URL(source.key()), err)
+	}
+	return err
+}
+
+var errNoRecoveryStore = errors.New("it has no recovery object store")
+
+// restoreError gives an error of a restore its gRPC code.
+func restoreError(err error) error {
+	switch {
+	case errors.Is(err, errBadTarget):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, errNoRecoveryStore), errors.Is(err, errNotEmpty), errors.Is(err, errNoRecoverable):
+		return status.Error(codes.FailedPrecondition, err.Error())
+	case errors.Is(err, errNoBackup):
+		return status.Error(codes.NotFound, err.Error())
+	}
+	return grpcError(err)
+}
