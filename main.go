@@ -322,6 +322,61 @@ func runBackup(ctx context.Context, args []string) error {
 	return nil
 }
 
+func runRestore(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("restore", flag.ContinueOnError)
+	var store storeFlags
+	store.add(fs)
+	var target RecoveryTarget
+	fs.StringVar(&target.TargetTime, "target-time", "", "recover up to this `time`, UTC unless it names another zone")
+	fs.StringVar(&target.TargetLSN, "target-lsn", "", "recover up to this `LSN`")
+	fs.StringVar(&target.TargetXID, "target-xid", "", "recover up to the commit of this transaction `ID`")
+	fs.StringVar(&target.TargetName, "target-name", "", "recover up to the restore point of this `name`")
+	immediate := fs.Bool("target-immediate", false, "recover only until the backup is consistent")
+	exclusive := fs.Bool("target-exclusive", false, "stop just before the target rather than just after it")
+	fs.StringVar(&target.TargetTLI, "target-timeline", "", "recover along this `timeline`: a number, current, or latest (default latest)")
+	fs.StringVar(&target.BackupID, "backup-id", "", "start from the backup of this `ID` (default: the newest that fits the target)")
+	o := restoreOptions{Tablespaces: map[string]string{}}
+	fs.Func("tablespace", "restore the tablespace `NAME:PATH` to another path; may be repeated", func(v string) error {
+		name, location, ok := strings.Cut(v, ":")
+		if !ok {
+			return errors.New("must be NAME:PATH")
+		}
+		o.Tablespaces[name] = location
+		return nil
+	})
+	fs.IntVar(&o.Jobs, "jobs", 0, "fetch up to `N` archives of the backup at once (default data.jobs of the ObjectStore)")
+	if err := parseFlags(fs, args, 1, "DIRECTORY"); err != nil {
+		return err
+	}
+	target.TargetImmediate, target.Exclusive = immediate, exclusive
+	o.Dir = fs.Arg(0)
+	s, err := store.open(ctx)
+	if err != nil {
+		return err
+	}
+	b, err := findBackup(ctx, s, &target)
+	if err != nil {
+		return err
+	}
+	file, err := filepath.Abs(store.file)
+	if err != nil {
+		return err
+	}
+	p := startProgress("restore")
+	defer p.stop()
+	o.Progress = p.update
+	if err := restoreBackup(ctx, s, b, o); err != nil {
+		return err
+	}
+	p.stop()
+	if err := writeRecoverySettings(o.Dir, &target, restoreCommand(binaryPath(), "wal-restore",
+		"--objectstore", file, "--objectstore-name", store.name, "--server-name", store.server)); err != nil {
+		return err
+	}
+	fmt.Printf("restored backup %s; start PostgreSQL on %s to recover to %s\n", b.ID, o.Dir, describeTarget(&target))
+	return nil
+}
+
 func runList(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("list", flag.ContinueOnError)
 	var store storeFlags

@@ -1,13 +1,12 @@
 package main
 
-// Stand-ins until backup.go, restore.go and lifecycle.go land: whoever lands a room removes its part.
+// Stand-ins until backup.go lands: whoever lands a room removes its part.
 
 import (
 	"context"
 	"errors"
 
 	"github.com/cloudnative-pg/cnpg-i/pkg/backup"
-	restorejob "github.com/cloudnative-pg/cnpg-i/pkg/restore/job"
 )
 
 var errPending = errors.New("not landed yet")
@@ -26,12 +25,3 @@ type backupService struct {
 	source   configSource
 	instance string
 }
-
-// restore.go
-type restoreJobService struct {
-	restorejob.UnimplementedRestoreJobHooksServer
-	source configSource
-	pgdata string
-}
-
-func runRestore(context.Context, []string) error { return errPending }

@@ -1186,6 +1186,9 @@ func appendSynced(root *os.Root, name, text string) error {
 // The CNPG-I RestoreJobHooks service
 // ---------------------------------------------------------------------------
 
+// progressInterval is the time between two log lines of a restore in progress.
+const progressInterval = 10 * time.Second
+
 // walVolume is where CloudNativePG puts pg_wal when the Cluster has walStorage.
 const walVolume = "/var/lib/postgresql/wal/pg_wal"
 
@@ -1199,9 +1202,7 @@ type restoreJobService struct {
 	job.UnimplementedRestoreJobHooksServer
 	source configSource
 	pgdata string
-	walDir string // walVolume
-	// progress makes the callback that reports on one restore; nil for none.
-	progress func(what string) func(done, total int64)
+	walDir string // "" means walVolume
 }
 
 // GetCapabilities is part of the handshake.
@@ -1253,12 +1254,19 @@ func (r *restoreJobService) restore(ctx context.Context, cluster *Cluster, check
 	}
 	o := restoreOptions{Dir: r.pgdata}
 	if cluster.Spec.WALStorage != nil {
-		o.WALDir = r.walDir
-	}
-	if r.progress != nil {
-		o.Progress = r.progress("restore of backup " + b.ID)
+		o.WALDir = cmp.Or(r.walDir, walVolume)
 	}
 	start := time.Now()
+	said := start
+	o.Progress = func(done, total int64) {
+		if time.Since(said) < progressInterval {
+			return
+		}
+		said = time.Now()
+		rate := float64(done) / time.Since(start).Seconds()
+		slog.Info("Restoring the base backup", "backupID", b.ID, "bytes", done, "total", total, "bytesPerSecond", int64(rate),
+			"left", time.Duration(float64(total-done)/rate*float64(time.Second)).Round(time.Second).String())
+	}
 	if err := restoreBackup(ctx, source, b, o); err != nil {
 		return err
 	}
