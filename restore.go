@@ -728,7 +728,7 @@ func (r *restorer) extractAll(ctx context.Context, archives []dataArchive, jobs 
 	return g.Wait()
 }
 
-// extract reads one archive from its first to its last byte: Get, codec, tar, files.
+// extract fetches one archive and unpacks it as it comes.
 func (r *restorer) extract(ctx context.Context, a dataArchive) error {
 	body, err := r.store.Get(ctx, a.Key)
 	if err != nil {
@@ -739,9 +739,14 @@ func (r *restorer) extract(ctx context.Context, a dataArchive) error {
 	if body.Size != a.Size {
 		return fmt.Errorf("%s: it has %d bytes, and had %d in the listing: somebody is writing to this backup", url, body.Size, a.Size)
 	}
-	z, err := a.codec.newReader(progressReader{body, r})
+	return archiveError(url, r.unpack(a, progressReader{body, r}))
+}
+
+// unpack reads an archive from its first to its last byte: codec, tar, files.
+func (r *restorer) unpack(a dataArchive, stored io.Reader) error {
+	z, err := a.codec.newReader(stored)
 	if err != nil {
-		return archiveError(url, err)
+		return err
 	}
 	defer z.Close()
 	stream := &endReader{r: z}
@@ -753,38 +758,36 @@ func (r *restorer) extract(ctx context.Context, a dataArchive) error {
 			break
 		}
 		if err != nil {
-			return archiveError(url, err)
+			return err
 		}
 		if err := r.entry(a, entry, archive, buffer); err != nil {
-			return archiveError(fmt.Sprintf("%s: entry %q", url, entry.Name), err)
+			return fmt.Errorf("entry %q: %w", entry.Name, err)
 		}
 	}
 	// archive/tar takes the end of the stream for the end of the archive, which it is not:
 	// that is two zero blocks.
 	if stream.ended {
-		return fmt.Errorf("%s: %w: it ends without the end-of-archive mark, so it is not complete", url, errDamaged)
+		return fmt.Errorf("%w: it ends without the end-of-archive mark, so it is not complete", errDamaged)
 	}
 	// What follows is padding, but only at its very end can the codec check the stream.
-	if _, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{stream}, buffer); err != nil {
-		return archiveError(url, err)
-	}
-	return nil
+	_, err = io.CopyBuffer(io.Discard, struct{ io.Reader }{stream}, buffer)
+	return err
 }
 
-// archiveError says what an error happened to. One that is neither of the transport nor
-// of the local disk is a judgement on the archive.
-func archiveError(what string, err error) error {
+// archiveError says which archive an error is about; nil stays nil. One that is neither
+// of the transport nor of the local disk is a judgement on the archive.
+func archiveError(url string, err error) error {
 	var transport *storeError
 	var file *fs.PathError
 	var link *os.LinkError
 	switch {
-	case errors.As(err, &transport):
-		return err // it names the object
-	case errors.As(err, &file), errors.As(err, &link), errors.Is(err, errDamaged),
+	case err == nil:
+		return nil
+	case errors.As(err, &transport), errors.As(err, &file), errors.As(err, &link), errors.Is(err, errDamaged),
 		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("%s: %w", what, err)
+		return fmt.Errorf("%s: %w", url, err)
 	}
-	return fmt.Errorf("%s: %w: %w", what, errDamaged, err)
+	return fmt.Errorf("%s: %w: %w", url, errDamaged, err)
 }
 
 // progressReader counts what is read of an object.
