@@ -62,6 +62,7 @@ bindirs=("${PG_BINDIR:-}" /usr/lib/postgresql/*/bin)
 for pg in "${bindirs[@]}"; do [ ! -x "$pg/initdb" ] || break; done
 [ -x "$pg/initdb" ] || { echo "demo.sh: no initdb: install PostgreSQL (hack/deps.sh postgres) or set PG_BINDIR" >&2; exit 1; }
 install -m 755 bin/cnpg-barman-s3 bin/socketclient bin/versitygw "$tmp" # where user postgres can run them
+cd "$tmp"
 for port in $(shuf -i 20000-32000 -n 20); do
   (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break # nothing listens: it is free
 done
