@@ -166,14 +166,13 @@ deploy() {
   $IMAGE_IMPORT bin/image-amd64.tar >/dev/null
   kubectl apply --server-side --force-conflicts -f deploy.yaml >/dev/null
   # the image keeps its name from build to build, so Pods of an earlier run are replaced
-  kubectl -n "$operator_namespace" delete events --field-selector reason=PluginRegistered --ignore-not-found >/dev/null
   kubectl -n "$operator_namespace" rollout restart deploy/barman-cloud >/dev/null
   kubectl -n "$operator_namespace" rollout status deploy/barman-cloud --timeout 120s
   wait_for 60 "registration of the plugin" registered
 }
-registered() {
-  kubectl -n "$operator_namespace" logs deploy/cnpg-controller-manager --tail=-1 | grep -q "$plugin" ||
-    kubectl -n "$operator_namespace" get events --field-selector reason=PluginRegistered -o name | grep -q .
+registered() { # the operator says it once, when the Service and its certificates are there
+  kubectl -n "$operator_namespace" get events --field-selector reason=PluginRegistered -o name | grep -q . ||
+    kubectl -n "$operator_namespace" logs deploy/cnpg-controller-manager --tail=-1 | grep -q "Registered plugin.*$plugin"
 }
 
 archive() {
