@@ -1373,6 +1373,17 @@ func (w *objectWriter) Abort() {
 	w.uploadID = nil
 }
 
+// Delete removes an object. That there is none is no error.
+func (s *Store) Delete(ctx context.Context, key string) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	_, err := s.client.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &s.bucket, Key: &key})
+	if err = s.wrap("delete", key, err); errors.Is(err, errNotFound) {
+		return nil
+	}
+	return err
+}
+
 // tagging is the x-amz-tagging header: the tags, which on history files the history tags replace.
 func (s *Store) tagging(o putOptions) *string {
 	args := &s.walArchive
