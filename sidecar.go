@@ -102,7 +102,7 @@ func serveSidecar(ctx context.Context, socket, pgdata, instance string, source c
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(logRequests, recoverPanics, cancelBackups(ctx)))
 	identity.RegisterIdentityServer(server, &sidecarIdentity{})
 	wal.RegisterWALServer(server, &walService{source: source, instance: instance, pgdata: pgdata})
-	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance})
+	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance, pgdata: pgdata})
 	restorejob.RegisterRestoreJobHooksServer(server, &restoreJobService{source: source, pgdata: pgdata})
 	metrics.RegisterMetricsServer(server, &metricsService{source: source})
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer()) // SERVING from the start

@@ -1,0 +1,1458 @@
+// This file is everything about taking a base backup: the session that holds PostgreSQL
+// in backup mode, the walk over the data directory and the tablespaces, the tar archives
+// on their way to the bucket, the WAL that a backup needs, and the CNPG-I Backup service.
+
+package main
+
+import (
+	"archive/tar"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/cloudnative-pg/cnpg-i/pkg/backup"
+	"github.com/jackc/pgx/v5/pgconn"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// backupOptions say how a base backup is taken. The zero value is a backup of the
+// server that the environment (PGHOST, PGPORT, ...) leads to.
+type backupOptions struct {
+	Name string // backup_name of backup.info; may be empty
+	// FastCheckpoint asks for a fast checkpoint also where the ObjectStore does not.
+	FastCheckpoint bool
+	// Connection is a libpq connection string. What it leaves open comes from libpq's
+	// environment variables; without those, user and database are postgres.
+	Connection string
+	// PGData is where this process sees the data directory; "" is where the server says it is.
+	PGData string
+	// WALTimeout is how long the WAL of the backup may take to reach the bucket.
+	WALTimeout time.Duration
+	// StandbyPatience is how long a standby waits for its last segment before it stores
+	// its own copy of it.
+	StandbyPatience time.Duration
+	// ReportEvery is the time between two log lines about the same wait.
+	ReportEvery time.Duration
+	// Progress is called about once a second while files are copied, from one goroutine,
+	// with bytes read so far and the size of the database cluster. The latter is what it
+	// was at the start, or done where that is more.
+	Progress func(done, total int64)
+}
+
+const (
+	defaultWALTimeout      = 10 * time.Minute
+	defaultStandbyPatience = 30 * time.Second
+	defaultReportEvery     = 10 * time.Second
+	walPollInterval        = time.Second
+)
+
+// The shape of the archives. A data archive is closed, and the next one opened, at
+// maxArchiveSize bytes or before it can reach S3's limit of 10,000 parts. The memory of
+// a backup is jobs x 2 parts (one is being filled while one is on its way), and about
+// one MiB of buffers for each job.
+const (
+	backupPartSize  = 8 << 20
+	maxArchiveSize  = 16 << 30
+	maxArchiveParts = 9_500 // leaves room for the last file
+
+	bandwidthBurst   = 1 << 20 // bytes that --max-bandwidth lets through at once
+	directoryBatch   = 1000    // directory entries read at once
+	oldestPostgreSQL = 13
+)
+
+// errWALMissing says that WAL which a backup needs is not in the archive.
+var errWALMissing = errors.New("WAL is missing in the archive")
+
+// errServer says that PostgreSQL cannot be reached, or cannot be backed up as it is.
+var errServer = errors.New("PostgreSQL")
+
+// ---------------------------------------------------------------------------
+// A base backup from its beginning to its end
+// ---------------------------------------------------------------------------
+
+// takeBackup stores a base backup that is complete: when it returns without error, every
+// archive has been listed with its size, every WAL segment from the first to the last is
+// in the bucket (or, on a standby, the last one in the backup itself), and backup.info
+// says DONE. After an error, or when ctx ends, nothing remains but a backup.info that says
+// FAILED; if the process is killed not even that, and every reader ignores what is left.
+func takeBackup(ctx context.Context, s *Store, o backupOptions) (_ *BackupInfo, err error) {
+	o.WALTimeout = cmp.Or(o.WALTimeout, defaultWALTimeout)
+	o.StandbyPatience = cmp.Or(o.StandbyPatience, defaultStandbyPatience)
+	o.ReportEvery = cmp.Or(o.ReportEvery, defaultReportEvery)
+	o.FastCheckpoint = o.FastCheckpoint || s.Config.Configuration.Data.ImmediateCheckpoint
+
+	session, err := openSession(ctx, o.Connection)
+	if err != nil {
+		return nil, fmt.Errorf("back up: %w", err)
+	}
+	defer session.close()
+	if err := session.inspect(ctx); err != nil {
+		return nil, fmt.Errorf("back up: %w", err)
+	}
+	id, err := nextBackupID(ctx, s)
+	if err != nil {
+		return nil, fmt.Errorf("back up: choose a backup id: %w", err)
+	}
+	b, err := newBaseBackup(s, o, session, id)
+	if err != nil {
+		return nil, fmt.Errorf("backup %s: %w", id, err)
+	}
+	// Whatever fails ends everything else, and the first failure is the one reported.
+	ctx, b.fail = context.WithCancelCause(ctx)
+	defer b.fail(nil)
+	if err := b.run(ctx); err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		err = fmt.Errorf("backup %s: %w", id, err)
+		b.fail(err)
+		session.close()
+		b.undo(ctx, err)
+		return nil, err
+	}
+	return b.info, nil
+}
+
+// nextBackupID is the current time in UTC, or one second after the newest id under
+// base/: backups are ordered by their ids, and a Barman elsewhere names its own after
+// its local time, which may be ahead of UTC.
+func nextBackupID(ctx context.Context, s *Store) (string, error) {
+	ids, err := s.ListDirectories(ctx, s.key("base/"))
+	if err != nil {
+		return "", err
+	}
+	now := time.Now().UTC()
+	for _, id := range ids {
+		if t, err := time.Parse(backupIDLayout, id); err == nil && !now.After(t.Add(time.Second)) {
+			now = t.Add(time.Second)
+		}
+	}
+	return now.Format(backupIDLayout), nil
+}
+
+// baseBackup is a base backup in progress.
+type baseBackup struct {
+	store   *Store
+	o       backupOptions
+	session *session
+	info    *BackupInfo
+	pgdata  string // as this process sees it, without symbolic links
+	jobs    int
+	codec   *codec
+	limiter *rate.Limiter
+	fail    context.CancelCauseFunc
+
+	began time.Time
+	done  atomic.Int64 // bytes read
+	stats []treeStats
+
+	mu       sync.Mutex
+	archives []*archive
+}
+
+// treeStats is how long one tree took, for copy_stats.
+type treeStats struct {
+	name       string
+	took, work time.Duration // on the clock, and summed over the jobs
+}
+
+func newBaseBackup(s *Store, o backupOptions, session *session, id string) (*baseBackup, error) {
+	conf := s.Config.Configuration.Data
+	b := &baseBackup{store: s, o: o, session: session, began: time.Now(), jobs: conf.Jobs}
+	if b.jobs < 1 {
+		b.jobs = defaultJobs
+	}
+	var err error
+	if b.codec, err = codecByName(conf.Compression); err != nil {
+		return nil, err
+	}
+	if bandwidth := s.data.MaxBandwidth; bandwidth > 0 {
+		b.limiter = rate.NewLimiter(rate.Limit(bandwidth), bandwidthBurst)
+	}
+	// A data directory that is itself a symbolic link is followed.
+	if b.pgdata, err = filepath.EvalSymlinks(cmp.Or(o.PGData, session.dataDirectory)); err != nil {
+		return nil, fmt.Errorf("the data directory of the server is not visible to this process: %w", err)
+	}
+	b.info = &BackupInfo{
+		ID: id, BackupName: o.Name, ServerName: "cloud", Version: session.version, SystemID: session.systemID,
+		PGData: session.dataDirectory, ConfigFile: session.configFile, HBAFile: session.hbaFile, IdentFile: session.identFile,
+		IncludedFiles: session.includedFiles, Tablespaces: session.tablespaces,
+		WALSegmentSize: session.segmentSize, Timeline: session.timeline,
+	}
+	return b, nil
+}
+
+// run takes the backup. The order is PostgreSQL's (manual, "Making a Base Backup Using
+// the Low Level API"): start, copy, stop; pg_control is read last of all files, since a
+// standby's recovery is complete at the point that pg_control names (do_pg_backup_stop
+// in xlog.c), and before the stop, so that the stop is not before that point.
+func (b *baseBackup) run(ctx context.Context) error {
+	log := slog.With("backupID", b.info.ID)
+	log.Info("Starting backup", "backupName", b.info.BackupName, "destination", b.store.URL(b.store.baseKey(b.info.ID, "")),
+		"standby", b.session.inRecovery, "bytes", b.session.size, "jobs", b.jobs, "compression", cmp.Or(b.codec.name, "none"))
+	if err := b.start(ctx, log); err != nil {
+		return err
+	}
+	last, err := b.copyFiles(ctx)
+	if err != nil {
+		return err
+	}
+	if err := b.addControlFile(ctx, last); err != nil {
+		return err
+	}
+	label, required, err := b.stop(ctx)
+	if err != nil {
+		return err
+	}
+	if b.info.WALInBackup, err = b.waitForWAL(ctx, log, required); err != nil {
+		return err
+	}
+	for _, name := range b.info.WALInBackup {
+		log.Info("Storing the standby's own copy of the last WAL segment in the backup, since the primary has not archived it: "+
+			"an idle primary does not switch to the next segment", "walFile", name)
+		if err := b.addFile(last, "pg_wal/"+name, filepath.Join(b.pgdata, "pg_wal", name), make([]byte, copyBufferSize)); err != nil {
+			return err
+		}
+	}
+	header := tar.Header{Name: "backup_label", Mode: 0o600, Uid: os.Getuid(), Gid: os.Getgid(), ModTime: b.info.EndTime}
+	if err := last.add(header, []byte(label)); err != nil {
+		return err
+	}
+	if err := last.close(); err != nil {
+		return err
+	}
+	if err := b.checkArchives(ctx); err != nil {
+		return err
+	}
+	b.info.Status, b.info.CopyStats = statusDone, b.copyStats()
+	if err := b.store.WriteBackupInfo(ctx, b.info); err != nil {
+		return err
+	}
+	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.done.Load(),
+		"bytesStored", b.stored(), "archives", len(b.archives), "seconds", time.Since(b.began).Round(time.Millisecond).Seconds())
+	return nil
+}
+
+// start brings the server into backup mode, which begins with a checkpoint.
+func (b *baseBackup) start(ctx context.Context, log *slog.Logger) error {
+	began := time.Now()
+	quiet := every(b.o.ReportEvery, func() {
+		if b.o.FastCheckpoint {
+			log.Info("Waiting for the checkpoint that a backup starts with", "waited", time.Since(began).Round(time.Second).String())
+			return
+		}
+		log.Info("Waiting for the checkpoint that a backup starts with, which the server spreads over time; "+
+			"set data.immediateCheckpoint: true in the ObjectStore to start at once",
+			"waited", time.Since(began).Round(time.Second).String(), "mayTake", b.session.checkpointDuration.String())
+	})
+	err := b.session.startBackup(ctx, b.info, b.o.FastCheckpoint)
+	quiet()
+	return err
+}
+
+// stop ends backup mode and works out what WAL the backup needs, oldest first.
+func (b *baseBackup) stop(ctx context.Context) (label string, required []string, err error) {
+	begin, err := parseLSN(b.info.BeginLSN)
+	if err != nil {
+		return "", nil, err
+	}
+	label, endTimeline, err := b.session.stopBackup(ctx, b.info)
+	if err != nil {
+		return "", nil, err
+	}
+	end, err := parseLSN(b.info.EndLSN)
+	if err != nil {
+		return "", nil, err
+	}
+	b.info.BackupLabel = label
+	// The label holds the timeline of the checkpoint that recovery starts from.
+	if m := regexp.MustCompile(`(?m)^START TIMELINE: (\d+)$`).FindStringSubmatch(label); m != nil {
+		if b.info.Timeline, err = strconv.Atoi(m[1]); err != nil {
+			return "", nil, fmt.Errorf("backup label: %w", err)
+		}
+	}
+	timeline := uint32(b.info.Timeline)
+	var history []timelineSwitch
+	if endTimeline = cmp.Or(endTimeline, timeline); endTimeline != timeline {
+		if history, err = b.timelineHistory(ctx, endTimeline); err != nil {
+			return "", nil, err
+		}
+		required = append(required, fmt.Sprintf("%08X.history", endTimeline))
+	}
+	size := b.info.WALSegmentSize
+	segments := requiredSegments(begin, end, endTimeline, history, size)
+	b.info.BeginWAL = segmentName(timeline, segmentNumber(begin, size), size)
+	b.info.BeginOffset = int64(uint64(begin) % uint64(size))
+	b.info.EndWAL = segments[len(segments)-1]
+	b.info.EndOffset = int64(uint64(end) % uint64(size))
+	return label, append(required, segments...), nil
+}
+
+// undo removes what a failed backup has stored and leaves a backup.info that says why it
+// failed. It has a time limit of its own, since ctx is over.
+func (b *baseBackup) undo(ctx context.Context, cause error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*cleanupTimeout)
+	defer cancel()
+	var workers sync.WaitGroup
+	for _, a := range b.archives {
+		workers.Go(func() { a.abort(ctx) })
+	}
+	workers.Wait()
+	b.info.Status, b.info.Error, b.info.EndTime = statusFailed, cause.Error(), time.Time{}
+	if err := b.store.WriteBackupInfo(ctx, b.info); err != nil {
+		slog.Warn("The failed backup leaves no backup.info; readers of the catalog ignore it all the same", "backupID", b.info.ID, "error", err)
+	}
+}
+
+// checkArchives compares what the bucket lists with what was sent, before anything calls
+// the backup done.
+func (b *baseBackup) checkArchives(ctx context.Context) error {
+	sizes := map[string]int64{}
+	for o, err := range b.store.List(ctx, b.store.baseKey(b.info.ID, "")) {
+		if err != nil {
+			return err
+		}
+		sizes[o.Key] = o.Size
+	}
+	for _, a := range b.archives {
+		switch size, ok := sizes[a.key]; {
+		case !ok:
+			return fmt.Errorf("%s is not in the bucket although its upload was acknowledged", b.store.URL(a.key))
+		case size != a.size.Load():
+			return fmt.Errorf("%s has %d bytes in the bucket, but %d were sent", b.store.URL(a.key), size, a.size.Load())
+		}
+	}
+	return nil
+}
+
+func (b *baseBackup) stored() (n int64) {
+	for _, a := range b.archives {
+		n += a.size.Load()
+	}
+	return n
+}
+
+// copyStats is the Python dict that Barman keeps in copy_stats; all times in seconds.
+func (b *baseBackup) copyStats() string {
+	var took, work, nothing []string
+	var tookMost, workSum time.Duration
+	for _, t := range b.stats {
+		nothing = append(nothing, fmt.Sprintf("'%s': 0", t.name))
+		took = append(took, fmt.Sprintf("'%s': %.6f", t.name, t.took.Seconds()))
+		work = append(work, fmt.Sprintf("'%s': %.6f", t.name, t.work.Seconds()))
+		tookMost += t.took
+		workSum += t.work
+	}
+	return fmt.Sprintf("{'total_time': %.6f, 'number_of_workers': %d, 'analysis_time': 0, 'analysis_time_per_item': {%s}, "+
+		"'copy_time_per_item': {%s}, 'serialized_copy_time_per_item': {%s}, 'copy_time': %.6f, 'serialized_copy_time': %.6f}",
+		time.Since(b.began).Seconds(), b.jobs, strings.Join(nothing, ", "), strings.Join(took, ", "), strings.Join(work, ", "),
+		tookMost.Seconds(), workSum.Seconds())
+}
+
+// every calls f at each interval until stop is called, which waits for a call in progress.
+func every(interval time.Duration, f func()) (stop func()) {
+	quit, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		ticker := time.NewTicker(interval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-quit:
+				return
+			case <-ticker.C:
+				f()
+			}
+		}
+	}()
+	return func() { close(quit); <-ended }
+}
+
+// ---------------------------------------------------------------------------
+// The session with PostgreSQL
+// ---------------------------------------------------------------------------
+
+// session is the connection that holds backup mode: when it ends, so does the backup
+// (non-exclusive backups, PostgreSQL manual). Not safe for concurrent use.
+type session struct {
+	conn *pgconn.PgConn
+
+	version, major, catalog int // server_version_num, its major part, catalog version
+	dataDirectory           string
+	configFile              string
+	hbaFile, identFile      string
+	includedFiles           []string
+	inRecovery              bool
+	systemID                string
+	segmentSize             int64 // bytes
+	timeline                int
+	size                    int64 // bytes, of all tablespaces
+	checkpointDuration      time.Duration
+	tablespaces             []Tablespace
+}
+
+func openSession(ctx context.Context, connection string) (*session, error) {
+	config, err := pgconn.ParseConfig(connection)
+	if err != nil {
+		return nil, fmt.Errorf("connection to %w: %w", errServer, err)
+	}
+	// ParseConfig falls back to the name of the process's user, libpq's default. The
+	// instances of CloudNativePG map every local user to postgres (pg_ident).
+	if os.Getenv("PGUSER") == "" && !strings.Contains(connection, "user=") {
+		config.User = "postgres"
+	}
+	config.Database = cmp.Or(config.Database, "postgres")
+	config.RuntimeParams["application_name"] = "barman_cloud_backup" // the original's, known to monitoring
+	config.RuntimeParams["client_encoding"] = "UTF8"
+	config.ConnectTimeout = cmp.Or(config.ConnectTimeout, dialTimeout)
+	conn, err := pgconn.ConnectConfig(ctx, config)
+	if err != nil {
+		return nil, fmt.Errorf("connection to %w (PGHOST %s, PGPORT %d, user %s): %w", errServer, config.Host, config.Port, config.User, err)
+	}
+	return &session{conn: conn}, nil
+}
+
+// query runs one or more SQL statements and returns the rows of the last. When ctx ends,
+// the running statement is cancelled and the session closed.
+func (s *session) query(ctx context.Context, sql string) ([][]string, error) {
+	results, err := s.conn.Exec(ctx, sql).ReadAll()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errServer, err)
+	}
+	var rows [][]string
+	for _, row := range results[len(results)-1].Rows {
+		texts := make([]string, len(row))
+		for i, value := range row {
+			texts[i] = string(value) // NULL becomes ""
+		}
+		rows = append(rows, texts)
+	}
+	return rows, nil
+}
+
+// close ends the session and with it backup mode. It may be called twice.
+func (s *session) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
+	defer cancel()
+	s.conn.Close(ctx) // all that can fail is the farewell
+	select {
+	case <-s.conn.CleanupDone(): // after a cancelled statement: the server has heard of it
+	case <-ctx.Done():
+	}
+}
+
+// inspect reads what a backup needs to know of the server.
+func (s *session) inspect(ctx context.Context) error {
+	setup := "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
+	if v, err := strconv.Atoi(strings.SplitN(s.conn.ParameterStatus("server_version"), ".", 2)[0]); err == nil && v >= 14 {
+		setup += "SET idle_session_timeout = 0;" // the session is idle while files are copied
+	}
+	rows, err := s.query(ctx, setup+`
+		SELECT current_setting('server_version_num'), current_setting('data_directory'),
+			current_setting('config_file'), current_setting('hba_file'), current_setting('ident_file'),
+			pg_is_in_recovery(), current_setting('archive_mode'),
+			(SELECT setting FROM pg_settings WHERE name = 'wal_segment_size'),
+			system_identifier, catalog_version_no, (SELECT timeline_id FROM pg_control_checkpoint()),
+			(SELECT sum(pg_tablespace_size(oid)) FROM pg_tablespace),
+			(SELECT setting::float8 FROM pg_settings WHERE name = 'checkpoint_timeout')
+				* current_setting('checkpoint_completion_target')::float8
+		FROM pg_control_system()`)
+	if err != nil {
+		return err
+	}
+	row, archiveMode := rows[0], rows[0][6]
+	s.dataDirectory, s.configFile, s.hbaFile, s.identFile = row[1], row[2], row[3], row[4]
+	s.inRecovery, s.systemID = row[5] == "t", row[8]
+	var seconds float64
+	for _, number := range []struct {
+		text string
+		into any
+	}{{row[0], &s.version}, {row[7], &s.segmentSize}, {row[9], &s.catalog}, {row[10], &s.timeline}, {row[11], &s.size}, {row[12], &seconds}} {
+		if _, err := fmt.Sscan(number.text, number.into); err != nil {
+			return fmt.Errorf("%w: %q where a number is expected: %w", errServer, number.text, err)
+		}
+	}
+	s.checkpointDuration = time.Duration(seconds * float64(time.Second)).Round(time.Second)
+	s.major = s.version / 10000
+	if s.major < oldestPostgreSQL {
+		return fmt.Errorf("%w %d is too old: this plugin backs up version %d and newer", errServer, s.major, oldestPostgreSQL)
+	}
+	if !s.inRecovery && archiveMode == "off" {
+		return fmt.Errorf("%w does not archive its WAL, without which no backup can be restored: set archive_mode and archive_command", errServer)
+	}
+	// A tablespace with a relative location (allow_in_place_tablespaces) is an ordinary
+	// directory below pg_tblspc, and is stored as one.
+	rows, err = s.query(ctx, `SELECT spcname, oid, pg_tablespace_location(oid) FROM pg_tablespace
+		WHERE pg_tablespace_location(oid) LIKE '/%' ORDER BY spcname`)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		oid, err := strconv.ParseUint(row[1], 10, 32)
+		if err != nil {
+			return fmt.Errorf("%w: tablespace %s: %w", errServer, row[0], err)
+		}
+		s.tablespaces = append(s.tablespaces, Tablespace{Name: row[0], OID: uint32(oid), Location: row[2]})
+	}
+	rows, err = s.query(ctx, `SELECT DISTINCT sourcefile FROM pg_settings
+		WHERE sourcefile IS NOT NULL AND sourcefile <> current_setting('config_file') ORDER BY 1`)
+	for _, row := range rows {
+		s.includedFiles = append(s.includedFiles, row[0])
+	}
+	return err
+}
+
+// startBackup enters backup mode and sets the begin of the backup in info.
+func (s *session) startBackup(ctx context.Context, info *BackupInfo, immediate bool) error {
+	function := "pg_backup_start('%s', %t)"
+	if s.major < 15 {
+		function = "pg_start_backup('%s', %t, false)" // the last argument: not exclusive
+	}
+	rows, err := s.query(ctx, fmt.Sprintf("SELECT to_char(now() AT TIME ZONE 'UTC', '%s'), "+function,
+		sqlTime, "Barman backup cloud "+info.ID, immediate))
+	if err != nil {
+		return fmt.Errorf("start the backup: %w", err)
+	}
+	info.BeginLSN = rows[0][1]
+	info.BeginTime, err = time.Parse(time.RFC3339Nano, rows[0][0])
+	return err
+}
+
+// sqlTime is the to_char format of RFC 3339 with microseconds, in UTC.
+const sqlTime = `YYYY-MM-DD"T"HH24:MI:SS.US"Z"`
+
+// stopBackup leaves backup mode without waiting for the archiver, sets the end in info,
+// and returns the backup label and the timeline of the end, which is 0 on a primary: there
+// it is the one of the start.
+func (s *session) stopBackup(ctx context.Context, info *BackupInfo) (label string, timeline uint32, err error) {
+	function := "pg_backup_stop(false)"
+	if s.major < 15 {
+		function = "pg_stop_backup(false, false)"
+	}
+	// The time is taken after the function has run, so that a recovery to any later time
+	// is past the end of the backup.
+	rows, err := s.query(ctx, fmt.Sprintf(`SELECT lsn, labelfile, to_char(clock_timestamp() AT TIME ZONE 'UTC', '%s') FROM %s`, sqlTime, function))
+	if err != nil {
+		return "", 0, fmt.Errorf("stop the backup: %w", err)
+	}
+	info.EndLSN, label = rows[0][0], rows[0][1]
+	if info.EndTime, err = time.Parse(time.RFC3339Nano, rows[0][2]); err != nil {
+		return "", 0, err
+	}
+	if s.inRecovery {
+		// On a standby the end is the minimum recovery point of pg_control, which may be
+		// on another timeline than the start.
+		rows, err = s.query(ctx, "SELECT min_recovery_end_timeline FROM pg_control_recovery()")
+		if err != nil {
+			return "", 0, fmt.Errorf("stop the backup: %w", err)
+		}
+		n, err := strconv.ParseUint(rows[0][0], 10, 32)
+		if err != nil {
+			return "", 0, fmt.Errorf("stop the backup: min_recovery_end_timeline: %w", err)
+		}
+		timeline = uint32(n)
+	}
+	return label, timeline, nil
+}
+
+// ---------------------------------------------------------------------------
+// The WAL that a backup needs
+// ---------------------------------------------------------------------------
+
+// requiredSegments names the segments that hold the WAL from begin up to end, where
+// timeline is that of the end and history its ancestors. A segment in which a timeline
+// begins is the one of the new timeline: it starts with a copy of the old one's WAL, and
+// it is what recovery reads (XLogFileReadAnyTLI in xlogrecovery.c tries the newest first).
+func requiredSegments(begin, end LSN, timeline uint32, history []timelineSwitch, size int64) []string {
+	first := segmentNumber(begin, size)
+	last := max(first, segmentNumber(max(end, 1)-1, size)) // end is the byte after the last
+	var names []string
+	for n := first; n <= last; n++ {
+		on := timeline
+		for _, ancestor := range slices.Backward(history) {
+			if n >= segmentNumber(ancestor.At, size) {
+				break
+			}
+			on = ancestor.Timeline
+		}
+		names = append(names, segmentName(on, n, size))
+	}
+	return names
+}
+
+// timelineHistory reads the ancestors of a timeline from pg_wal, or else from the archive.
+func (b *baseBackup) timelineHistory(ctx context.Context, timeline uint32) ([]timelineSwitch, error) {
+	name := fmt.Sprintf("%08X.history", timeline)
+	content, err := os.ReadFile(filepath.Join(b.pgdata, "pg_wal", name))
+	if errors.Is(err, fs.ErrNotExist) {
+		var objects []walObject
+		if objects, err = walObjects(ctx, b.store, name); err == nil && len(objects) == 0 {
+			err = fmt.Errorf("%w: %s is neither in pg_wal nor in %s", errWALMissing, name, b.store.URL(b.store.walPrefix(name)))
+		}
+		if err == nil {
+			var text strings.Builder
+			err = readWAL(ctx, b.store, objects[0], &text)
+			content = []byte(text.String())
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("history of timeline %d, on which the backup ended: %w", timeline, err)
+	}
+	return parseTimelineHistory(content)
+}
+
+// waitForWAL waits until the archive has the files. On a standby whose archive lacks the
+// last segment only, it gives up waiting for that one after StandbyPatience and returns
+// its name, if the standby has it: the standby has received at least the part of it that
+// the backup needs, and nothing but activity makes the primary archive it.
+func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []string) (own []string, err error) {
+	began, reported := time.Now(), time.Now()
+	first, last := names[0], names[len(names)-1]
+	for {
+		left, err := b.missingWAL(ctx, names)
+		switch {
+		case errors.Is(err, errTransient) && time.Since(began) < b.o.WALTimeout:
+			log.Warn("Cannot see which WAL is in the archive, trying again", "error", err)
+		case err != nil:
+			return nil, err
+		default:
+			names = left
+		}
+		if len(names) == 0 {
+			return nil, nil
+		}
+		waited := time.Since(began)
+		if b.session.inRecovery && names[0] == last && waited >= b.o.StandbyPatience && fileExists(filepath.Join(b.pgdata, "pg_wal", last)) {
+			return names, nil
+		}
+		if waited >= b.o.WALTimeout {
+			return nil, fmt.Errorf("%w: %s (the first of %d missing files; the backup needs %s to %s) is not in %s after %s: %s",
+				errWALMissing, names[0], len(names), first, last, b.store.URL(b.store.key("wals/")), waited.Round(time.Second), b.archiverState(ctx))
+		}
+		if time.Since(reported) >= b.o.ReportEvery {
+			reported = time.Now()
+			log.Info("Waiting for the WAL of the backup to be archived", "walFile", names[0], "missing", len(names),
+				"waited", waited.Round(time.Second).String(), "limit", b.o.WALTimeout.String())
+		}
+		if err := sleep(ctx, walPollInterval); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// missingWAL takes the names that the archive has off the beginning of the list. It
+// lists the directory of the first name, and the next directory once that one is complete.
+func (b *baseBackup) missingWAL(ctx context.Context, names []string) ([]string, error) {
+	for len(names) > 0 {
+		present := map[string]bool{}
+		for o, err := range b.store.List(ctx, walListPrefix(b.store, names[0])) {
+			if err != nil {
+				return nil, err
+			}
+			base, _ := splitSuffix(path.Base(o.Key))
+			present[base] = true
+		}
+		n := 0
+		for n < len(names) && present[names[n]] {
+			n++
+		}
+		if n == 0 {
+			return names, nil
+		}
+		names = names[n:]
+	}
+	return nil, nil
+}
+
+// walListPrefix is a prefix that lists a WAL file and, for a segment, its neighbours.
+func walListPrefix(s *Store, name string) string {
+	if strings.HasSuffix(name, ".history") {
+		return s.walPrefix(name)
+	}
+	return path.Dir(s.walPrefix(name)) + "/"
+}
+
+// archiverState says where to look when WAL does not arrive.
+func (b *baseBackup) archiverState(ctx context.Context) string {
+	if b.session.inRecovery {
+		return "see why the primary does not archive it (its log, its pg_stat_archiver, and the log of container plugin-barman-cloud in its Pod)"
+	}
+	rows, err := b.session.query(ctx, "SELECT coalesce(last_archived_wal, 'nothing'), coalesce(last_failed_wal, 'nothing') FROM pg_stat_archiver")
+	if err != nil {
+		return "see why it is not archived (log of the server): " + err.Error()
+	}
+	return fmt.Sprintf("pg_stat_archiver says that the server last archived %s and last failed to archive %s; see its log, and that of the archive_command",
+		rows[0][0], rows[0][1])
+}
+
+// ---------------------------------------------------------------------------
+// The files
+// ---------------------------------------------------------------------------
+
+// tree is a directory tree that is stored in a series of archives of its own.
+type tree struct {
+	name  string          // of the archives: data, or the OID of a tablespace
+	root  string          // absolute, without symbolic links
+	top   string          // below root, where the tree begins; "." for the data directory
+	skip  map[string]bool // names below root that are stored elsewhere or last
+	seen  map[[2]uint64]bool
+	names []string // directories, top-down
+}
+
+// Names that never belong into a backup. The lists are PostgreSQL's own
+// (excludeDirContents, excludeFiles in basebackup.c, the manual's "Low Level API") with
+// what Barman adds (postgres_plumbing.py); backup_manifest and the like would belong to
+// an older backup that this directory was restored from.
+var (
+	// emptyDirectories are kept, but not what is in them.
+	emptyDirectories = map[string]bool{
+		"pg_wal": true, "pg_xlog": true, "pg_replslot": true, "pg_dynshmem": true, "pg_notify": true, "pg_serial": true,
+		"pg_snapshots": true, "pg_stat_tmp": true, "pg_subtrans": true, "log": true, "pg_log": true,
+	}
+	// transientFiles lie directly in the data directory.
+	transientFiles = map[string]bool{
+		"postmaster.pid": true, "postmaster.opts": true, "current_logfiles": true, "current_logfiles.tmp": true,
+		"postgresql.auto.conf.tmp": true, "recovery.conf": true, "recovery.signal": true, "standby.signal": true,
+		"backup_manifest": true, "backup_manifest.tmp": true, "backup_label": true, "backup_label.old": true,
+		"tablespace_map": true, "tablespace_map.old": true, "lost+found": true, emptyArchiveMarker: true,
+	}
+	// temporaryRelation is a relation of one session: t<backend>_<filenode>, with fork and segment.
+	temporaryRelation = regexp.MustCompile(`^t\d+_\d+(_[a-z]+)?(\.\d+)?$`)
+	databaseDirectory = regexp.MustCompile(`(^|/)\d+$`)
+)
+
+// excluded says whether a name below the root is left out, with all that is below it.
+func (t *tree) excluded(name string) bool {
+	dir, base := path.Split(name)
+	switch {
+	case t.skip[name],
+		dir == "" && t.top == "." && transientFiles[base],
+		strings.HasPrefix(base, "pgsql_tmp"),
+		base == "pg_internal.init" || strings.HasPrefix(base, "pg_internal.init."),
+		temporaryRelation.MatchString(base) && databaseDirectory.MatchString(path.Clean(dir)):
+		return true
+	}
+	return false
+}
+
+// contentsExcluded says whether a directory is stored empty.
+func (t *tree) contentsExcluded(name string) bool { return t.top == "." && emptyDirectories[name] }
+
+// readDirectory calls f for the entries of a directory, in batches: a directory may hold
+// a hundred thousand files. One that vanishes is empty.
+func readDirectory(name string, f func(fs.DirEntry) error) error {
+	d, err := os.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	for {
+		entries, err := d.ReadDir(directoryBatch)
+		for _, e := range entries {
+			if err := f(e); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF || errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// findDirectories fills t.names. Directories that appear later are none of ours: the WAL
+// of the backup makes them again.
+func (t *tree) findDirectories(name string) error {
+	info, err := os.Stat(filepath.Join(t.root, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if s, ok := info.Sys().(*syscall.Stat_t); ok {
+		if id := [2]uint64{uint64(s.Dev), s.Ino}; t.seen[id] {
+			return nil // through a symbolic link: once is enough
+		} else {
+			t.seen[id] = true
+		}
+	}
+	t.names = append(t.names, name)
+	if t.contentsExcluded(name) {
+		return nil
+	}
+	var below []string
+	err = readDirectory(filepath.Join(t.root, name), func(e fs.DirEntry) error {
+		child := path.Join(name, e.Name())
+		if (e.IsDir() || e.Type() == fs.ModeSymlink && t.follows(child)) && !t.excluded(child) {
+			below = append(below, child)
+		}
+		return nil
+	})
+	for i := 0; i < len(below) && err == nil; i++ {
+		err = t.findDirectories(below[i])
+	}
+	return err
+}
+
+// follows says whether a symbolic link is stored as the directory that it leads to. That
+// is so for PostgreSQL's own directories, which people move to other volumes (pg_wal above
+// all); the links in pg_tblspc are made again from backup.info when the backup is restored.
+func (t *tree) follows(name string) bool {
+	info, err := os.Stat(filepath.Join(t.root, name))
+	if err != nil || !info.IsDir() || path.Dir(name) == "pg_tblspc" {
+		return false
+	}
+	top, _, _ := strings.Cut(name, "/")
+	if t.top != "." || top == "base" || top == "global" || strings.HasPrefix(top, "pg_") || emptyDirectories[top] {
+		return true
+	}
+	if !t.excluded(name) {
+		slog.Warn("A symbolic link to a directory is not in the backup, since it is none of PostgreSQL's own", "path", filepath.Join(t.root, name))
+	}
+	return false
+}
+
+// file is a file to be stored.
+type file struct{ name, path string }
+
+// findFiles sends the files of all directories.
+func (t *tree) findFiles(ctx context.Context, files chan<- file) error {
+	for _, dir := range t.names {
+		if t.contentsExcluded(dir) {
+			continue
+		}
+		err := readDirectory(filepath.Join(t.root, dir), func(e fs.DirEntry) error {
+			name := path.Join(dir, e.Name())
+			if !e.Type().IsRegular() && e.Type() != fs.ModeSymlink || t.excluded(name) {
+				return nil // sockets, pipes, directories
+			}
+			if e.Type() == fs.ModeSymlink {
+				if info, err := os.Stat(filepath.Join(t.root, name)); err == nil && info.IsDir() {
+					return nil // see follows
+				}
+			}
+			select {
+			case files <- file{name, filepath.Join(t.root, name)}:
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// trees are the tablespaces and, last, the data directory.
+func (b *baseBackup) trees() ([]*tree, error) {
+	data := &tree{name: "data", root: b.pgdata, top: ".", skip: map[string]bool{controlFile: true}}
+	var trees []*tree
+	for _, space := range b.info.Tablespaces {
+		root, err := filepath.EvalSymlinks(space.Location)
+		if err != nil {
+			return nil, fmt.Errorf("tablespace %s: its location is not visible to this process: %w", space.Name, err)
+		}
+		// One inside the data directory must not be stored twice.
+		if below, err := filepath.Rel(b.pgdata, root); err == nil && filepath.IsLocal(below) {
+			data.skip[below] = true
+		}
+		// Versions of PostgreSQL can share a location, each in a directory of its own.
+		trees = append(trees, &tree{name: strconv.FormatUint(uint64(space.OID), 10), root: root,
+			top: fmt.Sprintf("PG_%d_%d", b.session.major, b.session.catalog)})
+	}
+	for _, f := range b.externalFiles() {
+		data.skip[path.Base(f)] = true // one of the same name in the data directory is not in use
+	}
+	return append(trees, data), nil
+}
+
+// externalFiles are the configuration files outside the data directory, which a restored
+// server finds inside it (as with Barman). Files that they include are not stored.
+func (b *baseBackup) externalFiles() []string {
+	outside := func(f string) bool {
+		below, err := filepath.Rel(b.session.dataDirectory, f)
+		return f != "" && (err != nil || !filepath.IsLocal(below))
+	}
+	return slices.DeleteFunc([]string{b.session.configFile, b.session.hbaFile, b.session.identFile}, func(f string) bool { return !outside(f) })
+}
+
+// copyFiles stores all trees and returns the data archive of the highest number, which is
+// still open for what comes last.
+func (b *baseBackup) copyFiles(ctx context.Context) (last *archive, err error) {
+	trees, err := b.trees()
+	if err != nil {
+		return nil, err
+	}
+	if b.o.Progress != nil {
+		defer every(time.Second, func() {
+			done := b.done.Load()
+			b.o.Progress(done, max(done, b.session.size))
+		})()
+	}
+	// A server that stops ends the backup: better to know now than after hours of copying.
+	defer every(b.o.ReportEvery, func() {
+		if _, err := b.session.query(ctx, "SELECT 1"); err != nil {
+			b.fail(fmt.Errorf("the server has ended the session that held the backup: %w", err))
+		}
+	})()
+	for _, t := range trees {
+		if last != nil {
+			if err := last.close(); err != nil {
+				return nil, err
+			}
+		}
+		if last, err = b.copyTree(ctx, t); err != nil {
+			return nil, err
+		}
+	}
+	buffer := make([]byte, copyBufferSize)
+	for _, f := range b.externalFiles() {
+		if err := b.addFile(last, path.Base(f), f, buffer); err != nil {
+			return nil, err
+		}
+	}
+	return last, nil
+}
+
+// copyTree stores a tree: its directories in the first archive, then its files by
+// several jobs at once, each into an archive of its own. It closes them all but the one
+// of the highest number, which it returns.
+func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
+	began := time.Now()
+	t.seen = map[[2]uint64]bool{}
+	if err := t.findDirectories(t.top); err != nil {
+		return nil, err
+	}
+	first, err := b.openArchive(ctx, t.name, 0)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range t.names {
+		if err := b.addDirectory(first, t, name); err != nil {
+			return nil, err
+		}
+	}
+	files := make(chan file, 64)
+	archives, worked := make([]*archive, b.jobs), make([]time.Duration, b.jobs)
+	archives[0] = first
+	var group errgroup.Group
+	fail := func(err error) error {
+		if err != nil {
+			b.fail(err) // so that the others stop too
+		}
+		return err
+	}
+	group.Go(func() error {
+		defer close(files)
+		return fail(t.findFiles(ctx, files))
+	})
+	for job := range b.jobs {
+		group.Go(func() error {
+			buffer := make([]byte, copyBufferSize)
+			for f := range files {
+				if ctx.Err() != nil {
+					continue // drain
+				}
+				start := time.Now()
+				if err := b.copyFile(ctx, t, &archives[job], f, buffer); err != nil {
+					fail(err)
+				}
+				worked[job] += time.Since(start)
+			}
+			return context.Cause(ctx)
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	archives = slices.DeleteFunc(archives, func(a *archive) bool { return a == nil })
+	last := slices.MaxFunc(archives, func(a, b *archive) int { return cmp.Compare(a.number, b.number) })
+	for _, a := range archives {
+		if a != last {
+			group.Go(func() error { return fail(a.close()) })
+		}
+	}
+	stats := treeStats{name: t.name}
+	for _, d := range worked {
+		stats.work += d
+	}
+	err = group.Wait()
+	stats.took = time.Since(began)
+	b.stats = append(b.stats, stats)
+	return last, err
+}
+
+// copyFile stores one file of a tree in the job's archive, which it closes and replaces
+// by the next one when it is full. A file is never split.
+func (b *baseBackup) copyFile(ctx context.Context, t *tree, a **archive, f file, buffer []byte) error {
+	info, err := os.Lstat(f.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if *a != nil && !(*a).hasRoom(info.Size()) {
+		if err := (*a).close(); err != nil {
+			return err
+		}
+		*a = nil
+	}
+	if *a == nil {
+		if *a, err = b.openArchive(ctx, t.name, info.Size()); err != nil {
+			return err
+		}
+	}
+	return b.addFile(*a, f.name, f.path, buffer)
+}
+
+// addDirectory adds the entry of a directory; that of the data directory itself is "./"
+// with mode 0700, which gives the restored directory the mode that PostgreSQL wants.
+func (b *baseBackup) addDirectory(a *archive, t *tree, name string) error {
+	info, err := os.Stat(filepath.Join(t.root, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	header := headerOf(name+"/", info)
+	header.Typeflag = tar.TypeDir
+	if name == "." {
+		header.Mode = 0o700
+	}
+	return a.add(header, nil)
+}
+
+// addFile adds a regular file or a symbolic link to an archive. The server goes on
+// writing meanwhile, and the WAL of the backup makes good for what is read in between; but
+// a tar header is written first and its size binds: a file that has vanished is left out,
+// one that shrinks is filled up with zeros, and one that grows is cut.
+func (b *baseBackup) addFile(a *archive, name, path string, buffer []byte) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case errors.Is(err, unix.ELOOP): // it is a symbolic link
+		return b.addSymlink(a, name, path)
+	case err != nil:
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() {
+		return nil
+	}
+	header := headerOf(name, info)
+	header.Typeflag, header.Size = tar.TypeReg, info.Size()
+	if err := a.tar.WriteHeader(&header); err != nil {
+		return a.failed(err)
+	}
+	forget := pageCacheKeeper(f, header.Size)
+	defer forget()
+	for left := header.Size; left > 0; {
+		n, err := f.Read(buffer[:min(left, int64(len(buffer)))])
+		switch {
+		case err == io.EOF: // it has shrunk
+			n = int(min(left, int64(len(buffer))))
+			clear(buffer[:n])
+		case err != nil:
+			return err // names the file
+		}
+		if _, err := a.tar.Write(buffer[:n]); err != nil {
+			return a.failed(err)
+		}
+		left -= int64(n)
+		b.done.Add(int64(n))
+	}
+	return nil
+}
+
+func (b *baseBackup) addSymlink(a *archive, name, path string) error {
+	target, err := os.Readlink(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return a.add(tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: target, Mode: 0o777, Uid: os.Getuid(), Gid: os.Getgid()}, nil)
+}
+
+// headerOf is the tar header of a file, without type and size.
+func headerOf(name string, info fs.FileInfo) tar.Header {
+	// Whole seconds: a fraction would cost a record of 1 KiB for each file.
+	header := tar.Header{Name: name, Mode: int64(info.Mode().Perm()), ModTime: info.ModTime().Truncate(time.Second)}
+	if s, ok := info.Sys().(*syscall.Stat_t); ok {
+		header.Uid, header.Gid = int(s.Uid), int(s.Gid)
+	}
+	return header
+}
+
+// pageCacheKeeper returns a function that gives back the page cache which reading f has
+// filled, so that a backup does not push out what the server works with. If most of the
+// file was cached before (cachestat(2), Linux 6.5), it is the server's and stays.
+func pageCacheKeeper(f *os.File, size int64) (forget func()) {
+	var stat unix.Cachestat_t
+	if err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &stat, 0); err == nil && int64(stat.Cache)*int64(os.Getpagesize()) > size/2 {
+		return func() {}
+	}
+	return func() { unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) } // only advice
+}
+
+// controlFileReads is how often pg_control is read, every 50 ms, until it is intact.
+const controlFileReads = 100
+
+// addControlFile adds global/pg_control. The server rewrites it in place, so that a
+// reader may see half of the old and half of the new; it is read until its CRC holds.
+func (b *baseBackup) addControlFile(ctx context.Context, a *archive) error {
+	name := filepath.Join(b.pgdata, controlFile)
+	for range controlFileReads {
+		info, err := os.Stat(name)
+		if err != nil {
+			return err
+		}
+		content, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		if controlFileIntact(content) {
+			return a.add(headerOf(controlFile, info), content)
+		}
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("%s: its CRC was wrong in %d reads: the file is damaged, check the disk and compare with pg_controldata", name, controlFileReads)
+}
+
+// controlFileIntact says whether the CRC of a pg_control is right. The CRC-32C is the
+// last field of ControlFileData (pg_control.h) and covers all before it; where it lies
+// depends on the version, but it is always within the first sector, since
+// PG_CONTROL_MAX_SAFE_SIZE is 512. So every offset is tried: that one of a hundred wrong
+// ones fits by chance is as likely as 1 in 40 million.
+func controlFileIntact(content []byte) bool {
+	const smallest, sector = 128, 512
+	for n := smallest; n+4 <= min(len(content), sector); n += 4 {
+		if crc32.Checksum(content[:n], crc32.MakeTable(crc32.Castagnoli)) == binary.NativeEndian.Uint32(content[n:]) {
+			return true
+		}
+	}
+	return false
+}
+
+// ---------------------------------------------------------------------------
+// Archives
+// ---------------------------------------------------------------------------
+
+// archive is one tar on its way to the bucket: tar, then codec, then upload. Not safe
+// for concurrent use; only its size may be read at any time.
+type archive struct {
+	key      string
+	number   int // within its tree, from 0
+	limit    int64
+	size     atomic.Int64 // bytes, as stored
+	tar      *tar.Writer
+	codec    io.WriteCloser
+	object   *objectWriter
+	complete bool // it is in the bucket
+}
+
+// openArchive opens the next archive of a tree: data.tar, data_0001.tar, ... first is
+// the size of its first file; for a file that is too large for the parts that S3
+// allows, the parts are larger.
+func (b *baseBackup) openArchive(ctx context.Context, tree string, first int64) (*archive, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	a := &archive{}
+	for _, other := range b.archives {
+		if strings.HasPrefix(path.Base(other.key), tree+".") || strings.HasPrefix(path.Base(other.key), tree+"_") {
+			a.number++
+		}
+	}
+	name := tree + ".tar"
+	if a.number > 0 {
+		name = fmt.Sprintf("%s_%04d.tar", tree, a.number)
+	}
+	a.key = b.store.baseKey(b.info.ID, name+b.codec.suffix)
+	args := &b.store.data
+	part := max(minPartSize, cmp.Or(args.MinChunkSize, backupPartSize), first/maxArchiveParts+1)
+	a.limit = min(cmp.Or(args.MaxArchiveSize, maxArchiveSize), maxArchiveParts*part)
+	a.object = b.store.NewWriter(ctx, a.key, putOptions{Data: true, PartSize: int(part), Workers: 1, Limiter: b.limiter})
+	var err error
+	if a.codec, err = b.codec.compress(archiveCounter{a}, args.CompressionLevel); err != nil {
+		a.object.Abort()
+		return nil, fmt.Errorf("data.additionalCommandArgs: %w", err)
+	}
+	a.tar = tar.NewWriter(a.codec)
+	b.archives = append(b.archives, a)
+	return a, nil
+}
+
+// archiveCounter counts the bytes that leave the codec.
+type archiveCounter struct{ *archive }
+
+func (c archiveCounter) Write(p []byte) (int, error) {
+	n, err := c.object.Write(p)
+	c.size.Add(int64(n))
+	return n, err
+}
+
+// hasRoom says whether a file of this size may still be added.
+func (a *archive) hasRoom(size int64) bool {
+	stored := a.size.Load()
+	// No codec makes much more of a file than it is: half of the spare parts are left for that.
+	return stored < a.limit && stored+size <= (maxArchiveParts+(maxParts-maxArchiveParts)/2)*int64(a.object.o.PartSize)
+}
+
+// add adds an entry whose content is in memory.
+func (a *archive) add(header tar.Header, content []byte) error {
+	header.Size = int64(len(content))
+	err := a.tar.WriteHeader(&header)
+	if err == nil {
+		_, err = a.tar.Write(content)
+	}
+	return a.failed(err)
+}
+
+// failed names the archive in an error.
+func (a *archive) failed(err error) error {
+	var store *storeError
+	if err == nil || errors.As(err, &store) {
+		return err // it names the object
+	}
+	return fmt.Errorf("write %s: %w", path.Base(a.key), err)
+}
+
+// close ends the archive; after success it is durable in the bucket.
+func (a *archive) close() error {
+	err := a.tar.Close()
+	if err == nil {
+		err = a.codec.Close()
+	}
+	if err == nil {
+		err = a.object.Close()
+		a.complete = err == nil
+	}
+	return a.failed(err)
+}
+
+// abort removes the archive from the bucket, whether it is complete or on its way. The
+// context of its writer must be over.
+func (a *archive) abort(ctx context.Context) {
+	if a.complete {
+		if err := a.object.store.Delete(ctx, a.key); err != nil {
+			slog.Warn("An archive of a failed backup stays in the bucket; it may be deleted", "object", a.object.store.URL(a.key), "error", err)
+		}
+		return
+	}
+	// A codec that compresses in goroutines of its own ends them when it is reset.
+	if z, ok := a.codec.(interface{ Reset(io.Writer) }); ok {
+		z.Reset(io.Discard)
+	}
+	a.object.Abort()
+}
+
+// ---------------------------------------------------------------------------
+// The CNPG-I Backup service
+// ---------------------------------------------------------------------------
+
+// backupService takes base backups of the instance that shares the Pod.
+type backupService struct {
+	backup.UnimplementedBackupServer
+	source   configSource
+	instance string // the name of this Pod
+	pgdata   string
+	running  atomic.Bool
+}
+
+var backupCapabilities = &backup.BackupCapabilitiesResult{Capabilities: []*backup.BackupCapability{
+	{Type: &backup.BackupCapability_Rpc{Rpc: &backup.BackupCapability_RPC{Type: backup.BackupCapability_RPC_TYPE_BACKUP}}},
+}}
+
+// GetCapabilities is part of each handshake: it only hands out a constant.
+func (s *backupService) GetCapabilities(context.Context, *backup.BackupCapabilitiesRequest) (*backup.BackupCapabilitiesResult, error) {
+	return backupCapabilities, nil
+}
+
+// Backup takes a base backup into the cluster's archive store. The operator sets no
+// deadline; the call ends early when the connection does.
+func (s *backupService) Backup(ctx context.Context, r *backup.BackupRequest) (*backup.BackupResult, error) {
+	cluster, err := DecodeCluster(r.ClusterDefinition)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	ref := cluster.ArchiveStore()
+	if ref == nil {
+		return nil, status.Errorf(codes.FailedPrecondition, "back up: Cluster %s has no object store: "+
+			"add the plugin %s with the parameter barmanObjectName to spec.plugins", cluster.Name, PluginName)
+	}
+	info, err := s.backup(ctx, *ref, r.Parameters)
+	if err != nil {
+		slog.Error("Backup failed", "cluster", cluster.Name, "objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
+		s.updateRecoveryWindow(ctx, *ref, func(w *RecoveryWindow) { now := metav1.Now(); w.LastFailedBackupTime = &now })
+		return nil, backupStatus(err)
+	}
+	if first, last, err := s.recoverability(ctx, *ref); err != nil {
+		slog.Warn(staleWindow, "objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
+	} else {
+		s.updateRecoveryWindow(ctx, *ref, func(w *RecoveryWindow) { w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = first, last })
+	}
+	plugin := pluginMetadata()
+	return &backup.BackupResult{
+		BackupId: info.ID, BackupName: info.BackupName, StartedAt: info.BeginTime.Unix(), StoppedAt: info.EndTime.Unix(),
+		BeginWal: info.BeginWAL, EndWal: info.EndWAL, BeginLsn: info.BeginLSN, EndLsn: info.EndLSN,
+		InstanceId: s.instance, Online: true,
+		// The keys are the original's; clusterUID and pluginName tell whose Backup objects
+		// may be removed when their backup has left the catalog.
+		Metadata: map[string]string{
+			"timeline": strconv.Itoa(info.Timeline), "clusterUID": string(cluster.UID), "pluginName": plugin.Name,
+			"name": plugin.Name, "displayName": plugin.DisplayName, "version": plugin.Version,
+		},
+	}, nil
+}
+
+// errBusy and errParameters refuse a request.
+var (
+	errBusy       = errors.New("another backup of this instance is running: wait for it to end")
+	errParameters = errors.New("parameters of the Backup")
+)
+
+// backup takes one backup, if no other one is running.
+func (s *backupService) backup(ctx context.Context, ref StoreRef, parameters map[string]string) (*BackupInfo, error) {
+	if !s.running.CompareAndSwap(false, true) {
+		return nil, errBusy
+	}
+	defer s.running.Store(false)
+	if err := checkBackupParameters(ref, parameters); err != nil {
+		return nil, err
+	}
+	store, err := s.source.Store(ctx, ref)
+	if err != nil {
+		return nil, fmt.Errorf("back up: %w", err)
+	}
+	began, reported := time.Now(), time.Now()
+	return takeBackup(ctx, store, backupOptions{
+		Name:   "backup-" + time.Now().UTC().Format("20060102150405"),
+		PGData: s.pgdata,
+		Progress: func(done, total int64) {
+			if time.Since(reported) < defaultReportEvery {
+				return
+			}
+			reported = time.Now()
+			slog.Info("Backup in progress", "bytes", done, "totalBytes", total,
+				"bytesPerSecond", int64(float64(done)/time.Since(began).Seconds()))
+		},
+	})
+}
+
+// checkBackupParameters refuses a Backup that asks for another store than the one it
+// would go to.
+func checkBackupParameters(ref StoreRef, parameters map[string]string) error {
+	for _, name := range slices.Sorted(maps.Keys(parameters)) {
+		own, known := map[string]string{"barmanObjectName": ref.ObjectStore, "serverName": ref.ServerName}[name]
+		switch value := parameters[name]; {
+		case !known:
+			slog.Warn("A parameter of the Backup is not known and has no effect", "parameter", name)
+		case value != "" && value != own:
+			return fmt.Errorf("%w: %s is %q, but the backups of this cluster go to %q: leave it out of pluginConfiguration.parameters, "+
+				"or change it in spec.plugins of the Cluster", errParameters, name, value, own)
+		}
+	}
+	return nil
+}
+
+// staleWindow is what to know when the status of the ObjectStore could not be brought up to date.
+const staleWindow = "The backup is stored, but the status of the ObjectStore does not show it yet: the next round of maintenance brings it up to date"
+
+// recoverability reads the catalog for the two ends of the recovery window.
+func (s *backupService) recoverability(ctx context.Context, ref StoreRef) (first, last *metav1.Time, err error) {
+	store, err := s.source.Store(ctx, ref)
+	if err != nil {
+		return nil, nil, err
+	}
+	catalog, err := store.Catalog(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	first, last = catalog.recoverability()
+	return first, last, nil
+}
+
+// recoverability is the end of the oldest and of the newest backup that is done, nil
+// without any: only from the end of a backup on can a recovery stop.
+func (c *Catalog) recoverability() (first, last *metav1.Time) {
+	for _, b := range c.Backups {
+		if !b.Done() {
+			continue
+		}
+		end := metav1.NewTime(b.EndTime)
+		if first == nil || end.Before(first) {
+			first = &end
+		}
+		if last == nil || last.Before(&end) {
+			last = &end
+		}
+	}
+	return first, last
+}
+
+// updateRecoveryWindow changes the status of the ObjectStore, also after the request was
+// cancelled. That it cannot be changed is no reason to call a good backup failed.
+func (s *backupService) updateRecoveryWindow(ctx context.Context, ref StoreRef, change func(*RecoveryWindow)) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	if err := s.source.UpdateRecoveryWindow(ctx, ref, change); err != nil {
+		slog.Warn("The status of the ObjectStore could not be updated: the next round of maintenance brings it up to date; "+
+			"check that the Cluster's ServiceAccount may update objectstores/status",
+			"objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
+	}
+}
+
+// backupStatus gives an error of a backup its gRPC code.
+func backupStatus(err error) error {
+	switch {
+	case errors.Is(err, context.Canceled): // whatever else it broke
+	case errors.Is(err, errParameters):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, errBusy), errors.Is(err, errWALMissing):
+		return status.Error(codes.FailedPrecondition, err.Error())
+	case errors.Is(err, errServer):
+		return status.Error(codes.Unavailable, err.Error())
+	}
+	return grpcError(err)
+}
