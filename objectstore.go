@@ -757,9 +757,9 @@ func (s *Store) wrap(op, key string, err error) error {
 	case code == "NoSuchBucket":
 		e.kind = errNoBucket
 		e.hint = fmt.Sprintf("bucket %q does not exist at %s: create it, or correct destinationPath of ObjectStore %s", s.bucket, where, s.Config.Name)
-	case code == "NoSuchUpload":
-		e.kind = errNotFound
-	case status == http.StatusNotFound:
+	// The code decides, not the status: PostgreSQL takes "not found" for the end of the
+	// archive, and versitygw answers an unknown access key with a 404 too.
+	case code == "NoSuchKey", code == "NotFound", code == "NoSuchUpload":
 		e.kind = errNotFound
 	case status == http.StatusPreconditionFailed, code == "ConditionalRequestConflict":
 		e.kind = errPrecondition

@@ -1,0 +1,964 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// ---------------------------------------------------------------------------
+// What the tests of WAL are made of
+// ---------------------------------------------------------------------------
+
+// openTestStore opens the server `main` in a store whose file was written by storeFile.
+func openTestStore(t testing.TB, file string) *Store {
+	t.Helper()
+	source, err := newFileSource(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := source.Store(t.Context(), StoreRef{ObjectStore: "store", ServerName: "main"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// segment makes the bytes of a WAL segment of PostgreSQL 15: a right header, and a
+// content that compresses to about half and differs with seed.
+func segment(name string, size int64, systemID uint64, seed uint64) []byte {
+	w, err := parseWALName(name)
+	if err != nil {
+		panic(err)
+	}
+	b := make([]byte, size)
+	r := rand.New(rand.NewPCG(seed, 1))
+	for i := walLongHeaderSize; i+8 <= len(b); i += 16 {
+		binary.LittleEndian.PutUint64(b[i:], r.Uint64())
+	}
+	binary.LittleEndian.PutUint16(b, 0xD110)
+	binary.LittleEndian.PutUint16(b[2:], walLongHeaderFlag)
+	binary.LittleEndian.PutUint32(b[4:], w.Timeline)
+	binary.LittleEndian.PutUint64(b[8:], w.number(size)*uint64(size))
+	binary.LittleEndian.PutUint64(b[24:], systemID)
+	binary.LittleEndian.PutUint32(b[32:], uint32(size))
+	binary.LittleEndian.PutUint32(b[36:], 8192)
+	return b
+}
+
+const (
+	mib  = 1 << 20
+	seg5 = "000000010000000000000005"
+	seg6 = "000000010000000000000006"
+)
+
+// writeWAL puts a file into a fresh pg_wal and returns its path.
+func writeWAL(t testing.TB, name string, content []byte) string {
+	t.Helper()
+	dir := filepath.Join(testDir(t), "pg_wal")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, content, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// fetch restores a WAL file without patience.
+func fetch(t testing.TB, s *Store, name string) ([]byte, error) {
+	t.Helper()
+	return fetchWith(t, s, name, restoreWALOptions{})
+}
+
+func fetchWith(t testing.TB, s *Store, name string, o restoreWALOptions) ([]byte, error) {
+	t.Helper()
+	dir := testDir(t)
+	err := restoreWAL(t.Context(), func() (*Store, error) { return s, nil }, name, filepath.Join(dir, "RECOVERYXLOG"), o)
+	files, readErr := os.ReadDir(dir)
+	if readErr != nil {
+		t.Fatal(readErr)
+	}
+	if err != nil {
+		if len(files) != 0 {
+			t.Errorf("a failed restore of %s left %v behind", name, files)
+		}
+		return nil, err
+	}
+	if len(files) != 1 {
+		t.Errorf("a restore of %s left %v behind", name, files)
+	}
+	content, readErr := os.ReadFile(filepath.Join(dir, "RECOVERYXLOG"))
+	if readErr != nil {
+		t.Fatal(readErr)
+	}
+	return content, nil
+}
+
+func mustArchive(t testing.TB, s *Store, path string) {
+	t.Helper()
+	if err := archiveWAL(t.Context(), s, path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mustFetch restores a WAL file and compares it.
+func mustFetch(t testing.TB, s *Store, name string, want []byte) {
+	t.Helper()
+	got, err := fetch(t, s, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Fatalf("%s: restored %d bytes that differ from the %d that were archived", name, len(got), len(want))
+	}
+}
+
+// mustSay checks an error: its kind and words that have to be in it.
+func mustSay(t testing.TB, err, kind error, words ...string) {
+	t.Helper()
+	if err == nil {
+		t.Fatalf("no error, and %v was expected", kind)
+	}
+	if kind != nil && !errors.Is(err, kind) {
+		t.Errorf("error %v is not %q", err, kind)
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("error %q does not say %q", err, w)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------
+// Names
+// ---------------------------------------------------------------------------
+
+func TestWALNames(t *testing.T) {
+	for name, want := range map[string]walName{
+		"000000010000000000000005":                 {Kind: walSegment, Timeline: 1, Seg: 5},
+		"0000000A00000002000000FF":                 {Kind: walSegment, Timeline: 10, Log: 2, Seg: 255},
+		"000000010000000000000005.partial":         {Kind: walPartial, Timeline: 1, Seg: 5},
+		"000000010000000000000005.00000028.backup": {Kind: walBackupHistory, Timeline: 1, Seg: 5},
+		"00000002.history":                         {Kind: walHistory, Timeline: 2},
+	} {
+		want.Name = name
+		if got, err := parseWALName(name); err != nil || got != want {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+	for _, name := range []string{"", "RECOVERYXLOG", "00000001000000000000000", "0000000100000000000000055", "000000010000000000000005.gz",
+		"00000001000000000000000g", "000000010000000000000005.backup", "../000000010000000000000005", "00000002.history.partial", "000000010000000000000005\n"} {
+		if got, err := parseWALName(name); !errors.Is(err, errWALName) {
+			t.Errorf("%q was taken for %+v", name, got)
+		}
+	}
+}
+
+// The names of segments, for every size, against PostgreSQL's own arithmetic: the last
+// segment of a log is FF for 16 MiB, FFF for 1 MiB, 3F for 64 MiB, 3 for 1 GiB.
+func TestSegmentArithmetic(t *testing.T) {
+	for _, c := range []struct {
+		lsn  string
+		size int64
+		name string
+	}{
+		{"0/5000028", 16 * mib, "000000010000000000000005"},
+		{"0/FFFFFFFF", 16 * mib, "0000000100000000000000FF"},
+		{"1/0", 16 * mib, "000000010000000100000000"},
+		{"0/FFFFFFFF", mib, "000000010000000000000FFF"},
+		{"2/0", mib, "000000010000000200000000"},
+		{"0/FC000000", 64 * mib, "00000001000000000000003F"},
+		{"1/4000000", 64 * mib, "000000010000000100000001"},
+		{"0/C0000000", 1024 * mib, "000000010000000000000003"},
+		{"A/40000001", 1024 * mib, "000000010000000A00000001"},
+	} {
+		lsn, err := parseLSN(c.lsn)
+		if err != nil || lsn.String() != c.lsn {
+			t.Fatalf("%s: %s, %v", c.lsn, lsn, err)
+		}
+		number := segmentNumber(lsn, c.size)
+		name := segmentName(1, number, c.size)
+		parsed, err := parseWALName(name)
+		if name != c.name || err != nil || parsed.number(c.size) != number {
+			t.Errorf("%s at %d: segment %s, number %d and back %d, %v", c.lsn, c.size, name, number, parsed.number(c.size), err)
+		}
+	}
+	for _, bad := range []string{"", "5", "0/", "/5", "0/123456789", "x/1", "0/-1"} {
+		if l, err := parseLSN(bad); err == nil {
+			t.Errorf("%q was taken for the LSN %s", bad, l)
+		}
+	}
+}
+
+func TestTimelineHistory(t *testing.T) {
+	got, err := parseTimelineHistory([]byte("1\t0/5000028\tno recovery target specified\n\n# a comment\n2\t1/A0 \tbefore 2026-11-22 15:45:15+00\n"))
+	if want := []timelineSwitch{{1, 0x5000028}, {2, 0x1000000A0}}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v", got, err)
+	}
+	for _, bad := range []string{"1\n", "x\t0/1\n", "1\tzzz\n"} {
+		if got, err := parseTimelineHistory([]byte(bad)); err == nil {
+			t.Errorf("%q was taken for %v", bad, got)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------
+// Archive
+// ---------------------------------------------------------------------------
+
+func TestArchiveRestore(t *testing.T) {
+	for _, c := range codecs {
+		t.Run(c.name, func(t *testing.T) {
+			bucket := newBucket(t)
+			s := openTestStore(t, storeFileAt(t, testS3(t), testS3(t).Endpoint, "s3://"+bucket+"/some/path/", "wal: {compression: '"+c.name+"'}"))
+			files := map[string][]byte{
+				seg5:                      segment(seg5, 16*mib, 7, 1),
+				seg6 + ".partial":         segment(seg6, 16*mib, 7, 2),
+				seg5 + ".00000028.backup": []byte("START WAL LOCATION: 0/5000028 (file 000000010000000000000005)\n"),
+				"00000002.history":        []byte("1\t0/7000000\tno recovery target specified\n"),
+			}
+			for name, content := range files {
+				mustArchive(t, s, writeWAL(t, name, content))
+			}
+			want := []string{
+				"some/path/main/wals/0000000100000000/" + seg5 + ".00000028.backup" + c.suffix,
+				"some/path/main/wals/0000000100000000/" + seg5 + c.suffix,
+				"some/path/main/wals/0000000100000000/" + seg6 + ".partial" + c.suffix,
+				"some/path/main/wals/00000002.history" + c.suffix,
+			}
+			slices.Sort(want)
+			if got := testS3(t).keys(t, bucket, ""); !slices.Equal(got, want) {
+				t.Errorf("the bucket holds %q, not %q", got, want)
+			}
+			for name, content := range files {
+				mustFetch(t, s, name, content)
+				_, metadata := testS3(t).read(t, bucket, want[slices.IndexFunc(want, func(k string) bool { return strings.HasSuffix(k, name+c.suffix) })])
+				if sum := sha256.Sum256(content); metadata[contentSum] != hex.EncodeToString(sum[:]) {
+					t.Errorf("%s carries the checksum %q", name, metadata[contentSum])
+				}
+			}
+			mustFetch(t, s, seg6, files[seg6+".partial"]) // the .partial stands in for its segment
+		})
+	}
+}
+
+// Segments larger than walSinglePut go in parts; the checksum is there all the same.
+func TestArchiveLargeSegment(t *testing.T) {
+	bucket := newBucket(t)
+	s := openTestStore(t, storeFile(t, testS3(t), bucket))
+	const size = 64 * mib
+	content := segment(seg5, size, 7, 1)
+	mustArchive(t, s, writeWAL(t, seg5, content))
+	_, metadata := testS3(t).read(t, bucket, s.walPrefix(seg5))
+	if metadata[contentSum] != sumOf(content) {
+		t.Errorf("checksum %q, not %q", metadata[contentSum], sumOf(content))
+	}
+	mustFetch(t, s, seg5, content)
+	changed := slices.Clone(content)
+	changed[size-1] ^= 1
+	mustSay(t, archiveWAL(t.Context(), s, writeWAL(t, seg5, changed)), errDifferent)
+	if left := testS3(t).uploads(t, bucket); len(left) > 0 {
+		t.Errorf("unfinished uploads stay: %q", left)
+	}
+}
+
+// A name that is taken is never overwritten with other content, whichever the compression suffix.
+func TestArchiveNeverOverwrites(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	plain := openTestStore(t, storeFile(t, server, bucket))
+	gzip := openTestStore(t, storeFile(t, server, bucket, "wal: {compression: gzip}"))
+	content := segment(seg5, 16*mib, 7, 1)
+	path := writeWAL(t, seg5, content)
+	mustArchive(t, plain, path)
+
+	for _, s := range []*Store{plain, gzip} {
+		mustArchive(t, s, path) // the same content is a success
+		foreign := writeWAL(t, seg5, segment(seg5, 16*mib, 8, 1))
+		mustSay(t, archiveWAL(t.Context(), s, foreign), errDifferent, seg5, "s3://"+bucket+"/main/wals/0000000100000000/"+seg5,
+			"system identifier 7", "has 8", "major version", "serverName")
+		diverged := writeWAL(t, seg5, segment(seg5, 16*mib, 7, 2))
+		mustSay(t, archiveWAL(t.Context(), s, diverged), errDifferent, "same origin", "serverName")
+	}
+	if keys := server.keys(t, bucket, ""); len(keys) != 1 {
+		t.Errorf("the bucket holds %q", keys)
+	}
+	mustFetch(t, gzip, seg5, content)
+
+	// history files too
+	mustArchive(t, plain, writeWAL(t, "00000002.history", []byte("1\t0/7000000\tours\n")))
+	mustSay(t, archiveWAL(t.Context(), gzip, writeWAL(t, "00000002.history", []byte("1\t0/8000000\ttheirs\n"))), errDifferent, "00000002.history")
+}
+
+// Of a .partial the newest counts, also when the compression was switched in between.
+func TestArchivePartialNewestWins(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	name := seg5 + ".partial"
+	first, second, third := segment(seg5, 16*mib, 7, 1), segment(seg5, 16*mib, 7, 2), segment(seg5, 16*mib, 7, 3)
+	plain := openTestStore(t, storeFile(t, server, bucket))
+	mustArchive(t, plain, writeWAL(t, name, first))
+	mustArchive(t, plain, writeWAL(t, name, second))
+	mustFetch(t, plain, name, second)
+	time.Sleep(1100 * time.Millisecond) // Last-Modified has whole seconds
+	mustArchive(t, openTestStore(t, storeFile(t, server, bucket, "wal: {compression: gzip}")), writeWAL(t, name, third))
+	mustFetch(t, plain, name, third)
+	mustFetch(t, plain, seg5, third)
+	// and the whole segment beats every .partial (FORMAT section 2, first trap)
+	whole := segment(seg5, 16*mib, 7, 4)
+	mustArchive(t, plain, writeWAL(t, seg5, whole))
+	mustFetch(t, plain, seg5, whole)
+}
+
+// What Barman stored has no checksum: its content is compared by downloading it.
+func TestArchiveAfterBarman(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	s := openTestStore(t, storeFile(t, server, bucket, "wal: {compression: gzip}"))
+	content := segment(seg5, 16*mib, 7, 1)
+	path := writeWAL(t, seg5, content)
+	if r := barman(t, server, nil, "barman-cloud-wal-archive", "--bzip2", "s3://"+bucket, "other", path); r.Code != 0 {
+		t.Fatal(r.Stderr)
+	}
+	for _, flag := range []string{"", "--gzip"} {
+		name := map[string]string{"": seg5, "--gzip": seg6}[flag]
+		content := segment(name, 16*mib, 7, 1)
+		path := writeWAL(t, name, content)
+		args := []string{"s3://" + bucket, "main", path}
+		if flag != "" {
+			args = append([]string{flag}, args...)
+		}
+		if r := barman(t, server, nil, "barman-cloud-wal-archive", args...); r.Code != 0 {
+			t.Fatal(r.Stderr)
+		}
+		mustFetch(t, s, name, content)
+		mustArchive(t, s, path)
+		content[len(content)-1] ^= 1
+		mustSay(t, archiveWAL(t.Context(), s, writeWAL(t, name, content)), errDifferent)
+	}
+	if keys := server.keys(t, bucket, "main/"); len(keys) != 2 {
+		t.Errorf("the bucket holds %q", keys)
+	}
+}
+
+// What we store, Barman restores.
+func TestBarmanRestoresOurWAL(t *testing.T) {
+	server := testS3(t)
+	for _, compression := range []string{"", "gzip"} {
+		bucket := newBucket(t)
+		s := openTestStore(t, storeFile(t, server, bucket, "wal: {compression: '"+compression+"'}"))
+		for name, content := range map[string][]byte{seg5: segment(seg5, 16*mib, 7, 1), "00000002.history": []byte("1\t0/7000000\tx\n")} {
+			mustArchive(t, s, writeWAL(t, name, content))
+			destination := filepath.Join(testDir(t), "restored")
+			if r := barman(t, server, nil, "barman-cloud-wal-restore", "s3://"+bucket, "main", name, destination); r.Code != 0 {
+				t.Fatal(r.Stderr)
+			}
+			if got, err := os.ReadFile(destination); err != nil || !bytes.Equal(got, content) {
+				t.Errorf("%s, compression %q: Barman restored something else (%v)", name, compression, err)
+			}
+		}
+	}
+}
+
+// A reply that is lost, a server that is busy, a connection that breaks: the segment is
+// stored once, and success is only said when it is.
+func TestArchiveThroughFaults(t *testing.T) {
+	put := regexp.MustCompile(`/wals/`)
+	for name, f := range map[string]fault{
+		"reply lost":            {Method: http.MethodPut, Path: put, Times: 1, Do: loseReply},
+		"reply lost five times": {Method: http.MethodPut, Path: put, Times: 5, Do: loseReply},
+		"reset":                 {Method: http.MethodPut, Path: put, Times: 2, Do: resetRequest},
+		"slow down":             {Method: http.MethodPut, Path: put, Times: 2, Do: answerError, HTTP: 503, Code: "SlowDown"},
+		"internal error":        {Method: http.MethodPut, Path: put, Times: 1, Do: answerError, HTTP: 500, Code: "InternalError"},
+		"listing fails":         {Method: http.MethodGet, Times: 2, Do: answerError, HTTP: 503, Code: "SlowDown"},
+		"no conditional put":    {Method: http.MethodPut, Path: put, Times: 1, Do: answerError, HTTP: 501, Code: "NotImplemented"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server, bucket := testS3(t), newBucket(t)
+			proxy := startFaultProxy(t, server)
+			s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+			rule := proxy.add(f)
+			content := segment(seg5, 16*mib, 7, 1)
+			mustArchive(t, s, writeWAL(t, seg5, content))
+			if proxy.hits(rule) != f.Times {
+				t.Fatalf("the fault happened %d times, not %d", proxy.hits(rule), f.Times)
+			}
+			mustFetch(t, s, seg5, content)
+			mustSay(t, archiveWAL(t.Context(), s, writeWAL(t, seg5, segment(seg5, 16*mib, 7, 2))), errDifferent)
+		})
+	}
+	t.Run("down", func(t *testing.T) {
+		server, bucket := testS3(t), newBucket(t)
+		proxy := startFaultProxy(t, server)
+		s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+		proxy.add(fault{Method: http.MethodPut, Do: answerError, HTTP: 503, Code: "SlowDown"})
+		err := archiveWAL(t.Context(), s, writeWAL(t, seg5, segment(seg5, 16*mib, 7, 1)))
+		mustSay(t, err, errTransient, seg5, "503 SlowDown", "s3://"+bucket)
+		if keys := server.keys(t, bucket, ""); len(keys) != 0 {
+			t.Errorf("the bucket holds %q", keys)
+		}
+	})
+}
+
+// Two writers of the same name in the same moment, with different content: one of them is refused.
+func TestArchiveRace(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	// both see an empty listing before either of them writes
+	proxy.add(fault{Method: http.MethodPut, Do: delayRequest, Delay: 300 * time.Millisecond})
+	contents := [][]byte{segment(seg5, mib, 7, 1), segment(seg5, mib, 7, 2)}
+	errs := make([]error, 2)
+	var writers sync.WaitGroup
+	for i := range 2 {
+		s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+		path := writeWAL(t, seg5, contents[i])
+		writers.Go(func() { errs[i] = archiveWAL(context.Background(), s, path) })
+	}
+	writers.Wait()
+	winner := slices.Index(errs, nil)
+	if winner < 0 {
+		t.Fatalf("nobody won: %v", errs)
+	}
+	mustSay(t, errs[1-winner], errDifferent)
+	mustFetch(t, openTestStore(t, storeFile(t, server, bucket)), seg5, contents[winner])
+}
+
+// kill -9 in the middle of an upload: nothing half is there, and the next attempt succeeds.
+func TestArchiveKilled(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	content := segment(seg5, 16*mib, 7, 1)
+	path := writeWAL(t, seg5, content)
+	for _, f := range []fault{
+		{Method: http.MethodPut, Times: 1, Do: stallRequest},                     // killed before the server has the object
+		{Method: http.MethodPut, Times: 1, Do: delayRequest, Delay: time.Minute}, // the request is under way
+	} {
+		rule := proxy.add(f)
+		cmd := asPostgres(t, program(t), "wal-archive", "--objectstore", storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket), "--server-name", "main", path)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the upload", func() bool { return proxy.hits(rule) == 1 })
+		cmd.Process.Kill()
+		cmd.Wait()
+	}
+	proxy.clear()
+	file := storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket)
+	if r := runProgram(t, nil, "wal-archive", "--objectstore", file, "--server-name", "main", path); r.Code != 0 {
+		t.Fatal(r.Stderr)
+	}
+	mustFetch(t, openTestStore(t, file), seg5, content)
+}
+
+func TestArchiveBadInput(t *testing.T) {
+	s := openTestStore(t, storeFile(t, testS3(t), newBucket(t)))
+	for name, c := range map[string]struct {
+		path  string
+		kind  error
+		words []string
+	}{
+		"no such file": {filepath.Join(testDir(t), seg5), os.ErrNotExist, []string{seg5}},
+		"not WAL":      {writeWAL(t, "backup_label", []byte("x")), errWALName, []string{"backup_label"}},
+		"cut short":    {writeWAL(t, seg5, make([]byte, 16*mib-1)), nil, []string{"16777215 bytes", "size of a WAL segment"}},
+		"empty":        {writeWAL(t, seg5, nil), nil, []string{"0 bytes"}},
+	} {
+		t.Run(name, func(t *testing.T) { mustSay(t, archiveWAL(t.Context(), s, c.path), c.kind, c.words...) })
+	}
+}
+
+// What is wrong with the store is said with the names of the things to correct.
+func TestArchiveErrorsNameTheCure(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	path := writeWAL(t, seg5, segment(seg5, mib, 7, 1))
+	wrongKey := *server
+	wrongKey.AccessKey = "nobody"
+	wrongSecret := *server
+	wrongSecret.SecretKey = "wrong"
+	free, err := freeAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		file  string
+		kind  error
+		code  codes.Code
+		words []string
+	}{
+		"wrong key":    {storeFile(t, &wrongKey, bucket), errDenied, codes.PermissionDenied, []string{"Secret keys", "ObjectStore default/store", bucket}},
+		"wrong secret": {storeFile(t, &wrongSecret, bucket), errDenied, codes.PermissionDenied, []string{"Secret keys", "SignatureDoesNotMatch"}},
+		"wrong bucket": {storeFile(t, server, "no-such-bucket"), errNoBucket, codes.FailedPrecondition, []string{"no-such-bucket", "destinationPath", "ObjectStore default/store", "create it"}},
+		"unreachable":  {storeFileAt(t, server, "http://"+free, "s3://"+bucket), errTransient, codes.Unavailable, []string{free, "reachable"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := openTestStore(t, c.file)
+			err := archiveWAL(t.Context(), s, path)
+			mustSay(t, err, c.kind, append(c.words, seg5)...)
+			if got := status.Code(grpcError(err)); got != c.code {
+				t.Errorf("code %s, not %s", got, c.code)
+			}
+			_, err = fetch(t, s, seg5)
+			mustSay(t, err, c.kind, append(c.words, seg5)...)
+			if errors.Is(err, errNotFound) {
+				t.Errorf("%v passes for the end of the archive", err)
+			}
+		})
+	}
+}
+
+// ---------------------------------------------------------------------------
+// The empty-archive check
+// ---------------------------------------------------------------------------
+
+func TestEmptyArchiveCheck(t *testing.T) {
+	server := testS3(t)
+	content := segment(seg5, mib, 7, 1)
+	path := writeWAL(t, seg5, content)
+	for key, empty := range map[string]bool{
+		"":                                                           true,
+		"main/base/20260101T000000/backup.info":                      true,
+		"main/wals/readme.txt":                                       true,
+		"other/wals/0000000100000000/" + seg6:                        true,
+		"main/wals/0000000100000000/" + seg6:                         false,
+		"main/wals/0000000100000000/" + seg6 + ".gz":                 false,
+		"main/wals/0000000100000000/" + seg6 + ".partial":            false,
+		"main/wals/0000000100000000/" + seg6 + ".00000028.backup.gz": false,
+		"main/wals/00000002.history":                                 false,
+		"main/wals/0000000100000000/" + seg5:                         false, // the same name with other content
+	} {
+		t.Run(key, func(t *testing.T) {
+			bucket := newBucket(t)
+			if key != "" {
+				server.write(t, bucket, key, []byte("x"))
+			}
+			err := checkEmptyArchive(t.Context(), openTestStore(t, storeFile(t, server, bucket)), path)
+			if empty && err != nil {
+				t.Error(err)
+			}
+			if !empty {
+				mustSay(t, err, errArchiveNotEmpty, "Expected empty archive", key, "serverName")
+			}
+		})
+	}
+	t.Run("own first file", func(t *testing.T) { // stored before, and the reply was lost
+		s := openTestStore(t, storeFile(t, server, newBucket(t)))
+		mustArchive(t, s, path)
+		if err := checkEmptyArchive(t.Context(), s, path); err != nil {
+			t.Error(err)
+		}
+		mustSay(t, checkEmptyArchive(t.Context(), s, ""), errArchiveNotEmpty)
+		mustSay(t, checkEmptyArchive(t.Context(), s, writeWAL(t, seg6, segment(seg6, mib, 7, 1))), errArchiveNotEmpty, seg5)
+	})
+	t.Run("missing bucket is made", func(t *testing.T) {
+		s := openTestStore(t, storeFile(t, server, "made-by-the-check"))
+		if err := checkEmptyArchive(t.Context(), s, path); err != nil {
+			t.Fatal(err)
+		}
+		mustArchive(t, s, path)
+		mustFetch(t, s, seg5, content)
+	})
+	t.Run("missing bucket may not be made", func(t *testing.T) {
+		proxy := startFaultProxy(t, server)
+		rule := proxy.add(fault{Method: http.MethodPut, Do: answerError, HTTP: 403, Code: "AccessDenied"})
+		s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://not-for-us"))
+		mustSay(t, checkEmptyArchive(t.Context(), s, path), errNoBucket, "not-for-us", "403 AccessDenied", "destinationPath")
+		if proxy.hits(rule) == 0 {
+			t.Error("nobody asked for the bucket")
+		}
+	})
+}
+
+// ---------------------------------------------------------------------------
+// Restore
+// ---------------------------------------------------------------------------
+
+// Each stored form is judged by itself (FORMAT section 2, the traps).
+func TestRestoreCandidates(t *testing.T) {
+	server := testS3(t)
+	whole := segment(seg5, 16*mib, 7, 1)
+	partial := segment(seg5, 16*mib, 7, 2)
+	note := []byte("START WAL LOCATION: 0/5000028\n")
+	for name, c := range map[string]struct {
+		stored map[string][]byte // name with suffix
+		want   []byte
+	}{
+		"plain next to its plain .partial":       {map[string][]byte{seg5: whole, seg5 + ".partial": partial}, whole},
+		"plain next to a compressed .backup":     {map[string][]byte{seg5: whole, seg5 + ".00000028.backup.gz": note}, whole},
+		"compressed next to a plain .backup":     {map[string][]byte{seg5 + ".gz": whole, seg5 + ".00000028.backup": note}, whole},
+		"plain and compressed":                   {map[string][]byte{seg5: whole, seg5 + ".gz": whole}, whole},
+		"only a .partial":                        {map[string][]byte{seg5 + ".partial.gz": partial}, partial},
+		"compressed next to a plain .partial":    {map[string][]byte{seg5 + ".gz": whole, seg5 + ".partial": partial}, whole},
+		"a damaged form next to a good one":      {map[string][]byte{seg5: whole[:100], seg5 + ".gz": whole}, whole},
+		"a damaged segment next to its .partial": {map[string][]byte{seg5: whole[:100], seg5 + ".partial": whole}, whole},
+		"only a .backup":                         {map[string][]byte{seg5 + ".00000028.backup": note}, nil},
+		"only a longer name":                     {map[string][]byte{seg5 + ".gz.old": whole}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bucket := newBucket(t)
+			s := openTestStore(t, storeFile(t, server, bucket))
+			for stored, content := range c.stored {
+				_, codec := splitSuffix(stored)
+				var b bytes.Buffer
+				z, err := codec.compress(&b, "")
+				if err != nil {
+					t.Fatal(err)
+				}
+				z.Write(content)
+				if err := z.Close(); err != nil {
+					t.Fatal(err)
+				}
+				server.write(t, bucket, "main/wals/0000000100000000/"+stored, b.Bytes())
+			}
+			if c.want != nil {
+				mustFetch(t, s, seg5, c.want)
+				return
+			}
+			_, err := fetch(t, s, seg5)
+			mustSay(t, err, errNotFound, `wal "`+seg5+`" not found`)
+		})
+	}
+}
+
+// A file is handed over only if it is what its name says.
+func TestRestoreRefusesDamage(t *testing.T) {
+	server := testS3(t)
+	good := segment(seg5, 16*mib, 7, 1)
+	with := func(change func([]byte)) []byte {
+		b := slices.Clone(good)
+		change(b)
+		return b
+	}
+	for name, c := range map[string]struct {
+		content []byte
+		ok      bool
+		words   []string
+	}{
+		"good":             {content: good, ok: true},
+		"cut":              {content: good[:len(good)-1], words: []string{"16777215 bytes"}},
+		"half":             {content: good[:8*mib], words: []string{"header says 16777216"}},
+		"empty":            {content: []byte{}, words: []string{"0 bytes"}},
+		"another segment":  {content: segment(seg6, 16*mib, 7, 1), words: []string{"0/6000000", "0/5000000"}},
+		"another cluster":  {content: segment(seg5, 16*mib, 8, 1), words: []string{"system identifier 8", "serverName"}},
+		"no long header":   {content: with(func(b []byte) { b[2] = 0 }), words: []string{"long page header"}},
+		"old timeline":     {content: with(func(b []byte) { b[4] = 9 }), ok: true}, // as in the first segment after a switch
+		"unknown version":  {content: with(func(b []byte) { b[0], b[8] = 0xFF, 0xFF }), ok: true},
+		"another seg size": {content: with(func(b []byte) { binary.LittleEndian.PutUint32(b[32:], mib) }), words: []string{"header says 1048576"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bucket := newBucket(t)
+			s := openTestStore(t, storeFile(t, server, bucket))
+			server.write(t, bucket, "main/wals/0000000100000000/"+seg5, c.content)
+			got, err := fetchWith(t, s, seg5, restoreWALOptions{SystemID: 7})
+			if c.ok {
+				if err != nil || !bytes.Equal(got, c.content) {
+					t.Errorf("%d bytes, %v", len(got), err)
+				}
+				return
+			}
+			mustSay(t, err, errDamaged, append(c.words, seg5)...)
+			if code := status.Code(grpcError(err)); code != codes.DataLoss {
+				t.Errorf("code %s", code)
+			}
+		})
+	}
+}
+
+// A flipped bit anywhere in an object of ours is found, compressed or not.
+func TestRestoreFindsFlippedBits(t *testing.T) {
+	server := testS3(t)
+	for _, compression := range []string{"", "gzip"} {
+		for _, offset := range []int64{20, 1000, 3 * mib} {
+			bucket := newBucket(t)
+			s := openTestStore(t, storeFile(t, server, bucket, "wal: {compression: '"+compression+"'}"))
+			mustArchive(t, s, writeWAL(t, seg5, segment(seg5, 16*mib, 7, 1)))
+			server.corrupt(t, bucket, server.keys(t, bucket, "")[0], offset)
+			_, err := fetch(t, s, seg5)
+			mustSay(t, err, errDamaged, seg5)
+		}
+		bucket := newBucket(t)
+		s := openTestStore(t, storeFile(t, server, bucket, "wal: {compression: '"+compression+"'}"))
+		mustArchive(t, s, writeWAL(t, seg5, segment(seg5, 16*mib, 7, 1)))
+		server.truncate(t, bucket, server.keys(t, bucket, "")[0], 2*mib)
+		_, err := fetch(t, s, seg5)
+		mustSay(t, err, errDamaged, seg5)
+	}
+}
+
+// PostgreSQL takes every error for the end of the archive, so failures are ridden out.
+func TestRestoreThroughFaults(t *testing.T) {
+	get := regexp.MustCompile(`/wals/0`) // the objects, not the listing
+	for name, c := range map[string]struct {
+		fault    fault
+		patience time.Duration
+	}{
+		"body cut":               {fault{Method: http.MethodGet, Path: get, Times: 2, Do: truncateBody, Bytes: 5 * mib}, 0},
+		"body cut at the header": {fault{Method: http.MethodGet, Path: get, Times: 1, Do: truncateBody, Bytes: 10}, 0},
+		"busy":                   {fault{Times: 3, Do: answerError, HTTP: 503, Code: "SlowDown"}, 0},
+		"busy for longer":        {fault{Times: 8, Do: answerError, HTTP: 503, Code: "SlowDown"}, time.Minute},
+		"reset for longer":       {fault{Times: 8, Do: resetRequest}, time.Minute},
+		"denied for a while":     {fault{Times: 3, Do: answerError, HTTP: 403, Code: "AccessDenied"}, forever},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server, bucket := testS3(t), newBucket(t)
+			content := segment(seg5, 16*mib, 7, 1)
+			mustArchive(t, openTestStore(t, storeFile(t, server, bucket)), writeWAL(t, seg5, content))
+			proxy := startFaultProxy(t, server)
+			s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+			rule := proxy.add(c.fault)
+			got, err := fetchWith(t, s, seg5, restoreWALOptions{Patience: c.patience})
+			if err != nil || !bytes.Equal(got, content) {
+				t.Fatalf("%d bytes, %v", len(got), err)
+			}
+			if proxy.hits(rule) != c.fault.Times {
+				t.Errorf("the fault happened %d times, not %d", proxy.hits(rule), c.fault.Times)
+			}
+		})
+	}
+	t.Run("denied", func(t *testing.T) {
+		server, bucket := testS3(t), newBucket(t)
+		proxy := startFaultProxy(t, server)
+		s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+		proxy.add(fault{Do: answerError, HTTP: 403, Code: "AccessDenied"})
+		_, err := fetchWith(t, s, seg5, restoreWALOptions{Patience: time.Minute})
+		mustSay(t, err, errDenied, seg5, "403 AccessDenied")
+	})
+}
+
+// restore_command is told apart by exit code: 1 is the end of the archive, more than 125 ends recovery.
+func TestWALRestoreExitCodes(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket)
+	destination := filepath.Join(testDir(t), "RECOVERYXLOG")
+	if r := runProgram(t, nil, "wal-restore", "--objectstore", file, "--server-name", "main", seg5, destination); r.Code != 1 {
+		t.Errorf("a missing WAL file ends with %d: %s", r.Code, r.Stderr)
+	}
+	wrongKey := *server
+	wrongKey.SecretKey = "wrong"
+	r := runProgram(t, nil, "wal-restore", "--objectstore", storeFile(t, &wrongKey, bucket), "--server-name", "main", seg5, destination)
+	if r.Code <= 125 || !strings.Contains(r.Stderr, "Secret keys") {
+		t.Errorf("a wrong key ends with %d: %s", r.Code, r.Stderr)
+	}
+}
+
+// ---------------------------------------------------------------------------
+// The WAL service
+// ---------------------------------------------------------------------------
+
+func TestRestoreStoreChoice(t *testing.T) {
+	const archive = `"plugins":[{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"archive"}}]`
+	const external = `"externalClusters":[{"name":"origin","plugin":{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"origin-store","serverName":"origin"}}}]`
+	const recovery = `"bootstrap":{"recovery":{"source":"origin"}}`
+	const replica = `"replica":{"primary":"other","source":"origin"}`
+	own, origin := &StoreRef{"archive", "c"}, &StoreRef{"origin-store", "origin"}
+	for _, c := range []struct {
+		spec, primary string
+		want          *StoreRef
+	}{
+		{archive, "c-1", own},
+		{archive, "c-2", own},
+		{archive, "", own},
+		{archive + "," + external + "," + recovery, "", origin},
+		{archive + "," + external + "," + recovery, "c-1", own},
+		{archive + "," + external + "," + replica, "c-1", origin}, // the designated primary, or one that is being promoted
+		{archive + "," + external + "," + replica, "c-2", own},
+		{external + "," + replica, "c-2", origin}, // no archive of its own
+		{external + "," + recovery, "c-1", nil},
+		{`"instances":1`, "c-1", nil},
+	} {
+		cluster, err := DecodeCluster(fmt.Appendf(nil, `{"metadata":{"name":"c"},"spec":{%s},"status":{"currentPrimary":%q}}`, c.spec, c.primary))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := restoreStore(cluster, "c-1")
+		if (got == nil) != (c.want == nil) || got != nil && *got != *c.want {
+			t.Errorf("{%s} with primary %q: %v, not %v", c.spec, c.primary, got, c.want)
+		}
+	}
+}
+
+func TestWALService(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	source, err := newFileSource(storeFile(t, server, bucket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgdata := testDir(t)
+	w := &walService{source: source, instance: "main-1", pgdata: pgdata}
+	cluster := []byte(`{"metadata":{"name":"main"},"spec":{"plugins":[{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store"}}]},"status":{"currentPrimary":"main-1"}}`)
+	marker := filepath.Join(pgdata, emptyArchiveMarker)
+	archive := func(definition []byte, path string, check *bool) error {
+		_, err := w.Archive(t.Context(), &wal.WALArchiveRequest{ClusterDefinition: definition, SourceFileName: path, CheckEmptyWalArchive: check})
+		return err
+	}
+	touch := func() {
+		t.Helper()
+		if err := os.WriteFile(marker, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	yes, no := true, false
+	first, second := segment(seg5, mib, 7, 1), segment(seg6, mib, 7, 1)
+
+	touch()
+	if err := archive(cluster, writeWAL(t, seg5, first), nil); err != nil {
+		t.Fatal(err)
+	}
+	if fileExists(marker) {
+		t.Error("the marker stays after the first file: the second one would be refused")
+	}
+	if err := archive(cluster, writeWAL(t, seg6, second), nil); err != nil {
+		t.Fatal(err)
+	}
+
+	// the archive is not empty any more
+	path := writeWAL(t, "000000010000000000000007", segment("000000010000000000000007", mib, 7, 1))
+	if err := archive(cluster, path, &yes); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "Expected empty archive") {
+		t.Errorf("check asked for: %v", err)
+	}
+	touch()
+	if err := archive(cluster, path, nil); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("check by the marker: %v", err)
+	}
+	if !fileExists(marker) {
+		t.Error("a refusal took the marker away")
+	}
+	annotated := bytes.Replace(cluster, []byte(`"name":"main"`), []byte(`"name":"main","annotations":{"cnpg.io/skipEmptyWalArchiveCheck":"enabled"}`), 1)
+	if err := archive(annotated, path, nil); err != nil {
+		t.Errorf("the annotation switches the check off: %v", err)
+	}
+	touch()
+	if err := archive(cluster, path, &no); err != nil {
+		t.Errorf("an explicit no beats the marker: %v", err)
+	}
+
+	destination := filepath.Join(pgdata, "RECOVERYXLOG")
+	restore := func(name string) error {
+		_, err := w.Restore(t.Context(), &wal.WALRestoreRequest{ClusterDefinition: cluster, SourceWalName: name, DestinationFileName: destination})
+		return err
+	}
+	if err := restore(seg6); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(destination); err != nil || !bytes.Equal(got, second) {
+		t.Errorf("restored something else: %v", err)
+	}
+	if err := restore("000000010000000000000009"); status.Code(err) != codes.NotFound {
+		t.Errorf("a missing segment: %v", err)
+	}
+	if err := restore("../../etc/passwd"); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a bad name: %v", err)
+	}
+
+	for name, c := range map[string]struct {
+		definition string
+		code       codes.Code
+		words      string
+	}{
+		"no JSON":         {`{`, codes.InvalidArgument, "decode the Cluster"},
+		"no plugin":       {`{"metadata":{"name":"main"},"spec":{}}`, codes.FailedPrecondition, "barmanObjectName"},
+		"disabled plugin": {strings.Replace(string(cluster), `"parameters"`, `"enabled":false,"parameters"`, 1), codes.FailedPrecondition, "no enabled plugin"},
+		"no such store":   {strings.Replace(string(cluster), `"store"`, `"stroe"`, 1), codes.FailedPrecondition, "ObjectStore stroe"},
+	} {
+		if err := archive([]byte(c.definition), path, nil); status.Code(err) != c.code || !strings.Contains(err.Error(), c.words) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A store that cannot be found while a cluster is being recovered holds recovery, until it is there.
+func TestRestoreHoldsRecovery(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	content := segment(seg5, mib, 7, 1)
+	file := storeFile(t, server, bucket)
+	mustArchive(t, openTestStore(t, file), writeWAL(t, seg5, content))
+	manifest, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := newFileSource(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := func(from, to string, when time.Time) {
+		t.Helper()
+		if err := os.WriteFile(file, bytes.Replace(manifest, []byte(from), []byte(to), 1), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(file, when, when); err != nil {
+			t.Fatal(err)
+		}
+	}
+	change("metadata: {name: keys", "metadata: {name: gone", time.Now().Add(time.Hour))
+	cluster := []byte(`{"metadata":{"name":"new"},"spec":{"bootstrap":{"recovery":{"source":"origin"}},"externalClusters":[{"name":"origin",
+		"plugin":{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store","serverName":"main"}}}]}}`)
+	w := &walService{source: source, instance: "new-1", pgdata: testDir(t)}
+	destination := filepath.Join(w.pgdata, "RECOVERYXLOG")
+	done := make(chan error, 1)
+	go func() {
+		_, err := w.Restore(context.Background(), &wal.WALRestoreRequest{ClusterDefinition: cluster, SourceWalName: seg5, DestinationFileName: destination})
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		t.Fatalf("recovery was let go with %v", err)
+	case <-time.After(time.Second):
+	}
+	change("", "", time.Now().Add(2*time.Hour))
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(destination); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("restored something else: %v", err)
+	}
+}
+
+// A real PostgreSQL archives through the program, and recovers through it.
+func TestWALOfARealServer(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket, "wal: {compression: gzip}")
+	command := func(sub string) string {
+		return fmt.Sprintf("%s %s --objectstore %s --server-name main ", program(t), sub, file)
+	}
+	p := startPostgres(t, pgOptions{WALSegmentMB: 1, ArchiveCommand: command("wal-archive") + "%p"})
+	p.Exec("CREATE TABLE t AS SELECT generate_series(1, 50000) AS i")
+	for range 3 {
+		p.Exec("INSERT INTO t SELECT generate_series(1, 20000)")
+		p.WaitArchived(p.SwitchWAL())
+	}
+	s := openTestStore(t, file)
+	n := 0
+	for _, key := range server.keys(t, bucket, "main/wals/") {
+		name, _ := splitSuffix(filepath.Base(key))
+		content, err := fetchWith(t, s, name, restoreWALOptions{SystemID: systemIdentifier(p.Dir)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(content) != mib {
+			t.Errorf("%s has %d bytes", name, len(content))
+		}
+		n++
+	}
+	if n < 3 {
+		t.Errorf("only %d segments were archived", n)
+	}
+	if want := p.Query("SELECT system_identifier FROM pg_control_system()"); fmt.Sprint(systemIdentifier(p.Dir)) != want {
+		t.Errorf("system identifier %d, not %s", systemIdentifier(p.Dir), want)
+	}
+}
