@@ -995,8 +995,20 @@ func (o *operator) syncCertificates(ctx context.Context) error {
 	o.tls.Store(&tls.Config{
 		MinVersion:   tls.VersionTLS13,
 		Certificates: []tls.Certificate{*pair},
-		ClientAuth:   tls.RequireAndVerifyClientCert,
-		ClientCAs:    trusted,
+		// Not RequireAndVerifyClientCert: with ClientCAs the server announces their names,
+		// and a client whose leaf is trusted itself, but was issued by a name that is not
+		// announced, sends no certificate at all. The verification is the same.
+		ClientAuth: tls.RequireAnyClientCert,
+		VerifyConnection: func(state tls.ConnectionState) error {
+			intermediates := x509.NewCertPool()
+			for _, c := range state.PeerCertificates[1:] {
+				intermediates.AddCert(c)
+			}
+			_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{
+				Roots: trusted, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+			})
+			return err
+		},
 		// A resumed session would outlive the trust in its client's certificate.
 		SessionTicketsDisabled: true,
 	})

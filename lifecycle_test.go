@@ -1,0 +1,1669 @@
+// The control plane against a real kube-apiserver with RBAC: the program runs as the
+// ServiceAccount of deploy.yaml, and the tests play the CloudNativePG operator over the
+// real port, with the certificates that the operator would read.
+//
+// KUBECONFIG_API names the kubeconfig of an administrator of a disposable API server;
+// `make test-api` sets it. No controllers and no node are needed.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cloudnative-pg/cnpg-i/pkg/identity"
+	"github.com/cloudnative-pg/cnpg-i/pkg/lifecycle"
+	"github.com/cloudnative-pg/cnpg-i/pkg/reconciler"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"sigs.k8s.io/yaml"
+)
+
+// ---------------------------------------------------------------------------
+// The API server
+// ---------------------------------------------------------------------------
+
+// api is a namespace of its own on the API server, with an administrator's rights.
+type api struct {
+	t         *testing.T
+	config    *rest.Config
+	client    dynamic.Interface
+	namespace string
+}
+
+// resources of the kinds that the tests create.
+var resources = map[string]schema.GroupVersionResource{
+	"CustomResourceDefinition": {Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"},
+	"Namespace":                {Version: "v1", Resource: "namespaces"},
+	"ServiceAccount":           {Version: "v1", Resource: "serviceaccounts"},
+	"Secret":                   secrets,
+	"Service":                  {Version: "v1", Resource: "services"},
+	"Pod":                      {Version: "v1", Resource: "pods"},
+	"Job":                      {Group: "batch", Version: "v1", Resource: "jobs"},
+	"Deployment":               {Group: "apps", Version: "v1", Resource: "deployments"},
+	"Role":                     roles,
+	"RoleBinding":              roleBindings,
+	"ClusterRole":              {Group: rbacv1.GroupName, Version: "v1", Resource: "clusterroles"},
+	"ClusterRoleBinding":       {Group: rbacv1.GroupName, Version: "v1", Resource: "clusterrolebindings"},
+	"ObjectStore":              objectStores,
+	"Cluster":                  {Group: "postgresql.cnpg.io", Version: "v1", Resource: "clusters"},
+}
+
+// testAPI connects to the API server, installs crd.yaml and makes a namespace.
+func testAPI(t *testing.T) *api {
+	t.Helper()
+	kubeconfig := os.Getenv("KUBECONFIG_API")
+	if kubeconfig == "" {
+		t.Skip("needs an API server: set KUBECONFIG_API to a disposable one's kubeconfig, or run make test-api")
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.QPS = -1
+	config.WarningHandler = rest.NoWarnings{}
+	client, err := dynamic.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &api{t: t, config: config, client: client}
+	a.installCRD("crd.yaml", nil)
+	ns := a.create(&unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"generateName": "test-"},
+	}})
+	a.namespace = ns.GetName()
+	return a
+}
+
+// documents are the YAML documents of a file.
+func documents(t *testing.T, file string) []*unstructured.Unstructured {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []*unstructured.Unstructured
+	for doc := range strings.SplitSeq(string(b), "\n---\n") {
+		all = append(all, fromYAML(t, doc))
+	}
+	return all
+}
+
+// fromYAML parses one YAML document.
+func fromYAML(t *testing.T, doc string) *unstructured.Unstructured {
+	t.Helper()
+	var u unstructured.Unstructured
+	b, err := yaml.YAMLToJSON([]byte(doc))
+	if err == nil {
+		err = u.UnmarshalJSON(b)
+	}
+	if err != nil {
+		t.Fatalf("%v in\n%s", err, doc)
+	}
+	return &u
+}
+
+// installCRD puts a CustomResourceDefinition in place, after change, and waits until it is served.
+func (a *api) installCRD(file string, change func(*unstructured.Unstructured)) {
+	a.t.Helper()
+	crd := documents(a.t, file)[0]
+	if change != nil {
+		change(crd)
+	}
+	a.apply(crd)
+	waitFor(a.t, "the API server to serve "+crd.GetName(), func() bool {
+		served := a.read("CustomResourceDefinition", "", crd.GetName())
+		conditions, _, _ := unstructured.NestedSlice(served.Object, "status", "conditions")
+		return slices.ContainsFunc(conditions, func(c any) bool {
+			m := c.(map[string]any)
+			return m["type"] == "Established" && m["status"] == "True"
+		})
+	})
+}
+
+func (a *api) on(u *unstructured.Unstructured) dynamic.ResourceInterface {
+	a.t.Helper()
+	gvr, ok := resources[u.GetKind()]
+	if !ok {
+		a.t.Fatalf("unknown kind %s", u.GetKind())
+	}
+	return a.client.Resource(gvr).Namespace(u.GetNamespace())
+}
+
+func (a *api) create(u *unstructured.Unstructured) *unstructured.Unstructured {
+	a.t.Helper()
+	created, err := a.on(u).Create(a.t.Context(), u, metav1.CreateOptions{})
+	if err != nil {
+		a.t.Fatalf("create %s %s: %v", u.GetKind(), u.GetName(), err)
+	}
+	return created
+}
+
+// apply creates or replaces an object.
+func (a *api) apply(u *unstructured.Unstructured) *unstructured.Unstructured {
+	a.t.Helper()
+	applied, err := a.on(u).Apply(a.t.Context(), u.GetName(), u, metav1.ApplyOptions{FieldManager: "test", Force: true})
+	if err != nil {
+		a.t.Fatalf("apply %s %s: %v", u.GetKind(), u.GetName(), err)
+	}
+	return applied
+}
+
+func (a *api) read(kind, namespace, name string) *unstructured.Unstructured {
+	a.t.Helper()
+	u, err := a.client.Resource(resources[kind]).Namespace(namespace).Get(a.t.Context(), name, metav1.GetOptions{})
+	if err != nil {
+		a.t.Fatalf("get %s %s/%s: %v", kind, namespace, name, err)
+	}
+	return u
+}
+
+func (a *api) exists(kind, namespace, name string) bool {
+	a.t.Helper()
+	_, err := a.client.Resource(resources[kind]).Namespace(namespace).Get(a.t.Context(), name, metav1.GetOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		a.t.Fatal(err)
+	}
+	return err == nil
+}
+
+func (a *api) remove(kind, namespace, name string) {
+	a.t.Helper()
+	if err := a.client.Resource(resources[kind]).Namespace(namespace).Delete(a.t.Context(), name, metav1.DeleteOptions{}); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
+// as decodes an object into its type.
+func as[T any](t *testing.T, u *unstructured.Unstructured) *T {
+	t.Helper()
+	var v T
+	if err := fromUnstructured(u, &v); err != nil {
+		t.Fatal(err)
+	}
+	return &v
+}
+
+// asServiceAccount is the configuration of a Pod that runs under that ServiceAccount.
+func (a *api) asServiceAccount(namespace, name string) *rest.Config {
+	a.t.Helper()
+	request := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+		"metadata": map[string]any{"name": name, "namespace": namespace}, "spec": map[string]any{},
+	}}
+	answer, err := a.client.Resource(resources["ServiceAccount"]).Namespace(namespace).
+		Create(a.t.Context(), request, metav1.CreateOptions{}, "token")
+	if err != nil {
+		a.t.Fatalf("token of ServiceAccount %s/%s: %v", namespace, name, err)
+	}
+	config := rest.AnonymousClientConfig(a.config)
+	config.BearerToken = as[authenticationv1.TokenRequest](a.t, answer).Status.Token
+	return config
+}
+
+// ---------------------------------------------------------------------------
+// The plugin, and the operator's side of its port
+// ---------------------------------------------------------------------------
+
+const testImage = "registry.example.com/sidecar:1"
+
+// plugin is the running program.
+type plugin struct {
+	*api
+	namespace     string // the operator's, as in deploy.yaml
+	address, http string
+	cmd           *exec.Cmd
+}
+
+// install applies deploy.yaml, without the Deployment, for a namespace of this test.
+func (a *api) install() string {
+	a.t.Helper()
+	namespace := a.create(&unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"generateName": "operator-"},
+	}}).GetName()
+	for _, u := range documents(a.t, "deploy.yaml") {
+		if u.GetNamespace() != "" {
+			u.SetNamespace(namespace)
+		}
+		if u.GetKind() == "Deployment" || u.GetKind() == "CustomResourceDefinition" {
+			continue
+		}
+		if u.GetKind() == "ClusterRoleBinding" {
+			u.SetName(u.GetName() + "-" + namespace)
+			a.t.Cleanup(func() {
+				a.on(u).Delete(context.Background(), u.GetName(), metav1.DeleteOptions{})
+			})
+		}
+		if subjects, found, _ := unstructured.NestedSlice(u.Object, "subjects"); found {
+			for _, s := range subjects {
+				s.(map[string]any)["namespace"] = namespace
+			}
+			unstructured.SetNestedSlice(u.Object, subjects, "subjects")
+		}
+		a.apply(u)
+	}
+	return namespace
+}
+
+// start runs the program with the arguments of deploy.yaml, under its ServiceAccount,
+// and waits until it is ready.
+func (a *api) start(namespace string) *plugin {
+	a.t.Helper()
+	p := a.launch(namespace)
+	waitFor(a.t, "the plugin to be ready", func() bool { return p.probe("/readyz") == http.StatusOK })
+	return p
+}
+
+func (a *api) launch(namespace string) *plugin {
+	t := a.t
+	t.Helper()
+	p := &plugin{api: a, namespace: namespace}
+	for _, address := range []*string{&p.address, &p.http} {
+		var err error
+		if *address, err = freeAddress(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	config := a.asServiceAccount(namespace, "plugin-barman-cloud")
+	kubeconfig := clientcmdapi.NewConfig()
+	kubeconfig.Clusters["c"] = &clientcmdapi.Cluster{
+		Server: config.Host, CertificateAuthority: config.CAFile, CertificateAuthorityData: config.CAData,
+	}
+	kubeconfig.AuthInfos["u"] = &clientcmdapi.AuthInfo{Token: config.BearerToken}
+	kubeconfig.Contexts["x"] = &clientcmdapi.Context{Cluster: "c", AuthInfo: "u"}
+	kubeconfig.CurrentContext = "x"
+	file := filepath.Join(t.TempDir(), "kubeconfig")
+	if err := clientcmd.WriteToFile(*kubeconfig, file); err != nil {
+		t.Fatal(err)
+	}
+	p.cmd = exec.Command(program(t), "operator", "--kubeconfig", file,
+		"--server-address", p.address, "--health-probe-bind-address", p.http)
+	p.cmd.Env = append(os.Environ(), "NAMESPACE="+namespace, "SIDECAR_IMAGE= "+testImage+"\n")
+	var log bytes.Buffer
+	p.cmd.Stdout, p.cmd.Stderr = &log, &log
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.cmd.Process.Signal(syscall.SIGTERM)
+		kill := time.AfterFunc(hang, func() { p.cmd.Process.Kill() })
+		defer kill.Stop()
+		if err := p.cmd.Wait(); err != nil {
+			t.Errorf("the plugin did not end well after SIGTERM: %v", err)
+		}
+		if t.Failed() {
+			t.Logf("log of the plugin:\n%s", &log)
+		}
+	})
+	return p
+}
+
+// probe asks the HTTP port, 0 while there is none.
+func (p *plugin) probe(path string) int {
+	resp, err := http.Get("http://" + p.http + path)
+	if err != nil {
+		return 0
+	}
+	defer resp.Body.Close()
+	io.Copy(io.Discard, resp.Body)
+	return resp.StatusCode
+}
+
+// operatorTLS is what the operator makes of the two Secrets that the Service names:
+// all of the server's tls.crt is trusted, and the name to check is the Service's.
+func (p *plugin) operatorTLS() *tls.Config {
+	p.t.Helper()
+	service := p.read("Service", p.namespace, "barman-cloud")
+	server := as[corev1.Secret](p.t, p.read("Secret", p.namespace, service.GetAnnotations()["cnpg.io/pluginServerSecret"]))
+	client := as[corev1.Secret](p.t, p.read("Secret", p.namespace, service.GetAnnotations()["cnpg.io/pluginClientSecret"]))
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(server.Data["tls.crt"]) {
+		p.t.Fatal("no certificate in the server's Secret")
+	}
+	pair, err := tls.X509KeyPair(client.Data["tls.crt"], client.Data["tls.key"])
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return &tls.Config{MinVersion: tls.VersionTLS13, ServerName: service.GetName(), RootCAs: pool, Certificates: []tls.Certificate{pair}}
+}
+
+// dial connects like the operator.
+func (p *plugin) dial(config *tls.Config) *grpc.ClientConn {
+	p.t.Helper()
+	conn, err := grpc.NewClient(p.address, grpc.WithTransportCredentials(credentials.NewTLS(config)))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// works makes one call over a new connection.
+func (p *plugin) works(config *tls.Config) error {
+	conn := p.dial(config)
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(p.t.Context(), hang)
+	defer cancel()
+	_, err := identity.NewIdentityClient(conn).Probe(ctx, &identity.ProbeRequest{})
+	return err
+}
+
+func (p *plugin) pre(cluster *unstructured.Unstructured) (*reconciler.ReconcilerHooksResult, error) {
+	p.t.Helper()
+	definition := toJSON(p.t, cluster)
+	return reconciler.NewReconcilerHooksClient(p.dial(p.operatorTLS())).Pre(p.t.Context(),
+		&reconciler.ReconcilerHooksRequest{ClusterDefinition: definition, ResourceDefinition: definition})
+}
+
+// mustProceed is a Pre that lets the operator go on.
+func (p *plugin) mustProceed(cluster *unstructured.Unstructured) {
+	p.t.Helper()
+	if r, err := p.pre(cluster); err != nil || r.Behavior != reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE {
+		p.t.Fatalf("Pre: %v, %v; want CONTINUE", r, err)
+	}
+}
+
+// hook calls LifecycleHook and applies the patch as the operator does.
+func (p *plugin) hook(verb lifecycle.OperatorOperationType_Type, cluster *unstructured.Unstructured, object []byte) (mutated, patch []byte, err error) {
+	p.t.Helper()
+	resp, err := lifecycle.NewOperatorLifecycleClient(p.dial(p.operatorTLS())).LifecycleHook(p.t.Context(), &lifecycle.OperatorLifecycleRequest{
+		OperationType:     &lifecycle.OperatorOperationType{Type: verb},
+		ClusterDefinition: toJSON(p.t, cluster),
+		ObjectDefinition:  object,
+	})
+	if err != nil || len(resp.JsonPatch) == 0 {
+		return object, nil, err
+	}
+	decoded, err := jsonpatch.DecodePatch(resp.JsonPatch)
+	if err != nil {
+		p.t.Fatalf("%v in patch %s", err, resp.JsonPatch)
+	}
+	if mutated, err = decoded.Apply(object); err != nil {
+		p.t.Fatalf("apply patch %s: %v", resp.JsonPatch, err)
+	}
+	return mutated, resp.JsonPatch, nil
+}
+
+func toJSON(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// ---------------------------------------------------------------------------
+// Objects
+// ---------------------------------------------------------------------------
+
+// storeYAML is an ObjectStore with keys from the Secret <name>-keys; more is added to its spec.
+func (a *api) storeYAML(name string, more ...string) *unstructured.Unstructured {
+	u := fromYAML(a.t, fmt.Sprintf(`
+apiVersion: barmancloud.cnpg.io/v1
+kind: ObjectStore
+metadata: {name: %s}
+spec:
+  configuration:
+    destinationPath: s3://backups/
+    endpointURL: http://minio:9000
+    s3Credentials:
+      accessKeyId: {name: %[1]s-keys, key: ACCESS_KEY_ID}
+      secretAccessKey: {name: %[1]s-keys, key: ACCESS_SECRET_KEY}
+`, name))
+	u.SetNamespace(a.namespace)
+	for _, m := range more {
+		merge(u.Object, fromYAML(a.t, "apiVersion: v\nkind: k\nspec:\n"+indent(m)).Object["spec"], "spec")
+	}
+	return u
+}
+
+func indent(s string) string {
+	return "  " + strings.ReplaceAll(strings.TrimSpace(s), "\n", "\n  ")
+}
+
+// merge puts value into target[key], map by map.
+func merge(target map[string]any, value any, key string) {
+	from, isMap := value.(map[string]any)
+	into, hasMap := target[key].(map[string]any)
+	if !isMap || !hasMap {
+		target[key] = value
+		return
+	}
+	for k, v := range from {
+		merge(into, v, k)
+	}
+}
+
+// cluster is a Cluster as the operator sends it, uid included.
+func (a *api) cluster(name, spec string) *unstructured.Unstructured {
+	u := fromYAML(a.t, "apiVersion: postgresql.cnpg.io/v1\nkind: Cluster\nmetadata: {name: "+name+"}\nspec:\n"+indent(spec))
+	u.SetNamespace(a.namespace)
+	u.SetUID("11111111-2222-3333-4444-555555555555")
+	return u
+}
+
+const (
+	archives = `
+plugins:
+- name: barman-cloud.cloudnative-pg.io
+  isWALArchiver: true
+  parameters: {barmanObjectName: store-a}
+`
+	recovers = `
+bootstrap: {recovery: {source: origin}}
+externalClusters:
+- name: origin
+  plugin: {name: barman-cloud.cloudnative-pg.io, parameters: {barmanObjectName: store-b, serverName: old}}
+`
+	replicates = `
+replica: {primary: other, source: other}
+externalClusters:
+- name: other
+  plugin: {name: barman-cloud.cloudnative-pg.io, parameters: {barmanObjectName: store-c}}
+`
+)
+
+// instancePod is a Pod as CloudNativePG 1.30 makes it (pkg/specs/pods.go), shortened.
+func (a *api) instancePod(cluster string) []byte {
+	return toJSON(a.t, fromYAML(a.t, fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata:
+  name: %[1]s-1
+  namespace: %[2]s
+  labels: {cnpg.io/cluster: %[1]s, cnpg.io/podRole: instance}
+spec:
+  hostname: %[1]s-1
+  serviceAccountName: %[1]s
+  initContainers:
+  - name: bootstrap-controller
+    image: ghcr.io/cloudnative-pg/cloudnative-pg:1.30.0
+    command: [/manager, bootstrap, /controller/manager]
+    volumeMounts: [{name: pgdata, mountPath: /var/lib/postgresql/data}, {name: scratch-data, mountPath: /run}, {name: scratch-data, mountPath: /controller}]
+  containers:
+  - name: postgres
+    image: ghcr.io/cloudnative-pg/postgresql:17
+    imagePullPolicy: Always
+    command: [/controller/manager, instance, run]
+    env:
+    - {name: PGDATA, value: /var/lib/postgresql/data/pgdata}
+    - {name: POD_NAME, value: %[1]s-1}
+    - {name: NAMESPACE, value: %[2]s}
+    - {name: CLUSTER_NAME, value: %[1]s}
+    - {name: PGPORT, value: "5432"}
+    - {name: PGHOST, value: /controller/run}
+    - {name: TZ, value: Europe/Rome}
+    envFrom: [{secretRef: {name: more}}]
+    volumeMounts: [{name: pgdata, mountPath: /var/lib/postgresql/data}, {name: scratch-data, mountPath: /run}, {name: scratch-data, mountPath: /controller}, {name: shm, mountPath: /dev/shm}, {name: pg-wal, mountPath: /var/lib/postgresql/wal}]
+  volumes:
+  - {name: pgdata, persistentVolumeClaim: {claimName: %[1]s-1}}
+  - {name: scratch-data, emptyDir: {}}
+  - {name: shm, emptyDir: {medium: Memory}}
+  - {name: pg-wal, persistentVolumeClaim: {claimName: %[1]s-1-wal}}
+  futureField: {unknown: to-us}
+`, cluster, a.namespace)))
+}
+
+// jobOf is a Job of the given role, as CloudNativePG makes it (pkg/specs/jobs.go), with the instance Pod's template.
+func (a *api) jobOf(cluster, role, labelPrefix string) []byte {
+	pod := fromYAML(a.t, string(a.instancePod(cluster)))
+	spec := pod.Object["spec"].(map[string]any)
+	spec["restartPolicy"] = "Never"
+	delete(spec, "futureField")
+	containers := spec["containers"].([]any)
+	containers[0].(map[string]any)["name"] = role
+	return toJSON(a.t, map[string]any{
+		"apiVersion": "batch/v1", "kind": "Job",
+		"metadata": map[string]any{"name": cluster + "-1-" + role, "namespace": a.namespace},
+		"spec": map[string]any{"template": map[string]any{
+			"metadata": map[string]any{"labels": map[string]any{labelPrefix + "/jobRole": role}},
+			"spec":     spec,
+		}},
+	})
+}
+
+func (a *api) serviceAccount(name string) {
+	a.t.Helper()
+	a.apply(fromYAML(a.t, fmt.Sprintf("apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: %s, namespace: %s}", name, a.namespace)))
+}
+
+// ---------------------------------------------------------------------------
+// Connection and certificates
+// ---------------------------------------------------------------------------
+
+func TestAPIHandshake(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	conn := p.dial(p.operatorTLS())
+	ctx := t.Context()
+
+	metadata, err := identity.NewIdentityClient(conn).GetPluginMetadata(ctx, &identity.GetPluginMetadataRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	service := a.read("Service", p.namespace, "barman-cloud")
+	if label := service.GetLabels()["cnpg.io/pluginName"]; metadata.Name != label || label != "barman-cloud.cloudnative-pg.io" {
+		t.Errorf("name %q, label of the Service %q: the operator needs them to be equal", metadata.Name, label)
+	}
+	if metadata.DisplayName != "BarmanCloudInstance" || metadata.License != "APACHE 2.0" || metadata.Maturity != "alpha" ||
+		metadata.Vendor != "" || metadata.Description != "" || len(metadata.Manifest) != 0 {
+		t.Errorf("metadata %v", metadata)
+	}
+	capabilities, err := identity.NewIdentityClient(conn).GetPluginCapabilities(ctx, &identity.GetPluginCapabilitiesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, c := range capabilities.Capabilities {
+		names = append(names, c.GetService().GetType().String())
+	}
+	equal(t, "plugin capabilities", names, []string{"TYPE_RECONCILER_HOOKS", "TYPE_LIFECYCLE_SERVICE", "TYPE_INSTANCE_SIDECAR_INJECTION"})
+
+	hooks, err := lifecycle.NewOperatorLifecycleClient(conn).GetCapabilities(ctx, &lifecycle.OperatorLifecycleCapabilitiesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names = nil
+	for _, c := range hooks.LifecycleCapabilities {
+		for _, o := range c.OperationTypes {
+			names = append(names, c.Group+"/"+c.Kind+" "+o.Type.String())
+		}
+	}
+	equal(t, "lifecycle capabilities", names, []string{"/Pod TYPE_CREATE", "/Pod TYPE_EVALUATE", "batch/Job TYPE_CREATE"})
+
+	kinds, err := reconciler.NewReconcilerHooksClient(conn).GetCapabilities(ctx, &reconciler.ReconcilerHooksCapabilitiesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names = nil
+	for _, c := range kinds.ReconcilerCapabilities {
+		names = append(names, c.Kind.String())
+	}
+	equal(t, "reconciler capabilities", names, []string{"KIND_CLUSTER", "KIND_BACKUP"})
+	if got := p.probe("/healthz"); got != http.StatusOK {
+		t.Errorf("/healthz answers %d", got)
+	}
+}
+
+func equal[T comparable](t *testing.T, what string, got, want []T) {
+	t.Helper()
+	if !slices.Equal(got, want) {
+		t.Errorf("%s:\n got %v\nwant %v", what, got, want)
+	}
+}
+
+func TestAPIOnlyTheOperatorMayConnect(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	good := p.operatorTLS()
+	if err := p.works(good); err != nil {
+		t.Fatal(err)
+	}
+	// Self-signed, and one more by a CA of the same name.
+	self, err := issue(certificateTemplate("cnpg-barman-s3 client", time.Hour), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := tls.X509KeyPair(p.pair(defaultServerSecret))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(*tls.Config){
+		"no certificate":               func(c *tls.Config) { c.Certificates = nil },
+		"self-signed certificate":      func(c *tls.Config) { c.Certificates = []tls.Certificate{*self} },
+		"the server's as the client's": func(c *tls.Config) { c.Certificates = []tls.Certificate{server} },
+		"TLS 1.2":                      func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS12, tls.VersionTLS12 },
+	} {
+		bad := good.Clone()
+		change(bad)
+		if err := p.works(bad); status.Code(err) != codes.Unavailable {
+			t.Errorf("%s: got %v, want a refused connection", name, err)
+		}
+	}
+	other := good.Clone()
+	other.ServerName = "other"
+	if err := p.works(other); err == nil {
+		t.Error("the server's certificate is valid for any name")
+	}
+}
+
+const (
+	defaultCASecret     = "cnpg-barman-s3-ca"
+	defaultServerSecret = "cnpg-barman-s3-server-tls"
+	defaultClientSecret = "cnpg-barman-s3-client-tls"
+)
+
+// pair is the content of a TLS Secret.
+func (p *plugin) pair(name string) (cert, key []byte) {
+	p.t.Helper()
+	s := as[corev1.Secret](p.t, p.read("Secret", p.namespace, name))
+	return s.Data["tls.crt"], s.Data["tls.key"]
+}
+
+// putPair writes a TLS Secret, with the plugin's label when role is not empty.
+func (a *api) putPair(namespace, name, role string, pair *tls.Certificate, behind ...*x509.Certificate) {
+	a.t.Helper()
+	key, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	s := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
+		"metadata": map[string]any{"name": name, "namespace": namespace},
+		"stringData": map[string]any{
+			"tls.crt": string(chainPEM(pair.Leaf, behind)),
+			"tls.key": string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})),
+		},
+	}}
+	if role != "" {
+		s.SetLabels(map[string]string{certificateLabel: role})
+	}
+	a.apply(s)
+}
+
+func mustIssue(t *testing.T, template *x509.Certificate, parent *tls.Certificate) *tls.Certificate {
+	t.Helper()
+	c, err := issue(template, parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func testCA(t *testing.T, lifetime time.Duration) *tls.Certificate {
+	template := certificateTemplate("CA", lifetime)
+	template.IsCA, template.BasicConstraintsValid, template.KeyUsage = true, true, x509.KeyUsageCertSign
+	return mustIssue(t, template, nil)
+}
+
+func testLeaf(t *testing.T, ca *tls.Certificate, usage x509.ExtKeyUsage, lifetime time.Duration) *tls.Certificate {
+	template := certificateTemplate("barman-cloud", lifetime)
+	template.DNSNames, template.KeyUsage = []string{"barman-cloud"}, x509.KeyUsageDigitalSignature
+	template.ExtKeyUsage = []x509.ExtKeyUsage{usage}
+	return mustIssue(t, template, ca)
+}
+
+// A leaf that ends soon is replaced by a running plugin, with no restart, and the
+// operator trusts the new one before it has read the Secret again.
+func TestAPIRenewsLeaves(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	cert, key := p.pair(defaultCASecret)
+	ca, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := p.operatorTLS()
+	soon := leafRenewBefore / 2
+	old := testLeaf(t, &ca, x509.ExtKeyUsageServerAuth, soon)
+	a.putPair(p.namespace, defaultServerSecret, "server", old, ca.Leaf)
+	a.putPair(p.namespace, defaultClientSecret, "client", testLeaf(t, &ca, x509.ExtKeyUsageClientAuth, soon), ca.Leaf)
+	for _, name := range []string{defaultServerSecret, defaultClientSecret} {
+		waitFor(t, "a renewed "+name, func() bool {
+			pair, err := tls.X509KeyPair(p.pair(name))
+			return err == nil && time.Until(pair.Leaf.NotAfter) > leafRenewBefore
+		})
+	}
+	if after, _ := p.pair(defaultCASecret); !bytes.Equal(after, cert) {
+		t.Error("the CA was changed with the leaves")
+	}
+	renewed, _ := p.pair(defaultServerSecret)
+	waitFor(t, "the server to present the renewed leaf", func() bool { return bytes.HasPrefix(renewed, chainPEM(p.presented(), nil)) })
+	for name, config := range map[string]*tls.Config{"as it was": before, "with the new Secrets": p.operatorTLS()} {
+		if err := p.works(config); err != nil {
+			t.Errorf("the operator, %s, cannot connect: %v", name, err)
+		}
+	}
+}
+
+// presented is the leaf that the server shows.
+func (p *plugin) presented() *x509.Certificate {
+	config := p.operatorTLS()
+	config.InsecureSkipVerify = true
+	config.NextProtos = []string{"h2"}
+	conn, err := tls.Dial("tcp", p.address, config)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer conn.Close()
+	return conn.ConnectionState().PeerCertificates[0]
+}
+
+// A new CA comes long before the old one ends, and for a while both are trusted: an
+// operator and another replica with old leaves go on.
+func TestAPIRenewsTheCAWithAnOverlap(t *testing.T) {
+	a := testAPI(t)
+	namespace := a.install()
+	ca := testCA(t, caRenewBefore/2)
+	server := testLeaf(t, ca, x509.ExtKeyUsageServerAuth, leafLifetime)
+	client := testLeaf(t, ca, x509.ExtKeyUsageClientAuth, leafLifetime)
+	a.putPair(namespace, defaultCASecret, "ca", ca)
+	a.putPair(namespace, defaultServerSecret, "server", server, ca.Leaf)
+	a.putPair(namespace, defaultClientSecret, "client", client, ca.Leaf)
+	pool := x509.NewCertPool()
+	pool.AddCert(server.Leaf)
+	pool.AddCert(ca.Leaf)
+	p := a.start(namespace)
+
+	if err := p.works(&tls.Config{MinVersion: tls.VersionTLS13, ServerName: "barman-cloud", RootCAs: pool, Certificates: []tls.Certificate{*client}}); err != nil {
+		t.Errorf("the operator with the old certificates cannot connect: %v", err)
+	}
+	bundle, _ := p.pair(defaultCASecret)
+	if got := bytes.Count(bundle, []byte("BEGIN")); got != 2 || !bytes.HasSuffix(bundle, chainPEM(ca.Leaf, nil)) {
+		t.Errorf("the CA's Secret holds %d certificates, want the new one and then the old one", got)
+	}
+	chain, _ := p.pair(defaultServerSecret)
+	if !bytes.Equal(chain, append(chainPEM(server.Leaf, nil), bundle...)) {
+		t.Error("the server's Secret does not hold its leaf and both CA certificates")
+	}
+	if err := p.works(p.operatorTLS()); err != nil {
+		t.Errorf("the operator with the new Secrets cannot connect: %v", err)
+	}
+}
+
+// What somebody else put there is used and not touched.
+func TestAPIUsesForeignCertificates(t *testing.T) {
+	a := testAPI(t)
+	namespace := a.install()
+	ca := testCA(t, time.Hour)
+	a.putPair(namespace, defaultServerSecret, "", testLeaf(t, ca, x509.ExtKeyUsageServerAuth, time.Hour), ca.Leaf)
+	a.putPair(namespace, defaultClientSecret, "", testLeaf(t, ca, x509.ExtKeyUsageClientAuth, time.Hour))
+	versions := func() []string {
+		return []string{
+			a.read("Secret", namespace, defaultServerSecret).GetResourceVersion(),
+			a.read("Secret", namespace, defaultClientSecret).GetResourceVersion(),
+		}
+	}
+	before := versions()
+	p := a.start(namespace)
+	if err := p.works(p.operatorTLS()); err != nil {
+		t.Error(err)
+	}
+	equal(t, "resource versions", versions(), before)
+	if a.exists("Secret", namespace, defaultCASecret) {
+		t.Error("a CA was made that signs nothing")
+	}
+	stranger := p.operatorTLS()
+	stranger.Certificates = []tls.Certificate{*testLeaf(t, ca, x509.ExtKeyUsageClientAuth, time.Hour)}
+	if err := p.works(stranger); err == nil {
+		t.Error("every client of the foreign issuer is let in")
+	}
+	// Rotation by the owner is followed without a restart.
+	a.putPair(namespace, defaultClientSecret, "", testLeaf(t, ca, x509.ExtKeyUsageClientAuth, time.Hour))
+	waitFor(t, "the new foreign client to be let in", func() bool { return p.works(p.operatorTLS()) == nil })
+}
+
+// Replicas that start together agree on one set of certificates and all serve.
+func TestAPIReplicasDoNotRace(t *testing.T) {
+	a := testAPI(t)
+	namespace := a.install()
+	replicas := []*plugin{a.launch(namespace), a.launch(namespace), a.launch(namespace)}
+	for _, p := range replicas {
+		waitFor(t, "the replica to be ready", func() bool { return p.probe("/readyz") == http.StatusOK })
+	}
+	for i, p := range replicas {
+		waitFor(t, fmt.Sprintf("replica %d to serve the certificate in the Secret", i), func() bool { return p.works(p.operatorTLS()) == nil })
+	}
+	serial := replicas[0].presented().SerialNumber
+	for _, p := range replicas[1:] {
+		if p.presented().SerialNumber.Cmp(serial) != 0 {
+			t.Error("replicas present different certificates")
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------
+// Before the reconciliation: RBAC
+// ---------------------------------------------------------------------------
+
+func TestAPIPreGrantsWhatTheSidecarNeeds(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	a.create(a.storeYAML("store-a"))
+	a.create(a.storeYAML("store-b", `
+configuration:
+  s3Credentials:
+    region: {name: region, key: r}
+    sessionToken: {name: store-b-keys, key: t}`))
+	cluster := a.cluster("pg", archives+recovers)
+	p.mustProceed(cluster)
+
+	role := as[rbacv1.Role](t, a.read("Role", a.namespace, "pg-barman-cloud"))
+	stores := []string{"store-a", "store-b"}
+	want := []rbacv1.PolicyRule{
+		{APIGroups: []string{"barmancloud.cnpg.io"}, Resources: []string{"objectstores"}, ResourceNames: stores, Verbs: []string{"get", "watch", "list"}},
+		{APIGroups: []string{"barmancloud.cnpg.io"}, Resources: []string{"objectstores/status"}, ResourceNames: stores, Verbs: []string{"get", "update", "patch"}},
+		{APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: []string{"region", "store-a-keys", "store-b-keys"}, Verbs: []string{"get", "watch", "list"}},
+	}
+	if got := toJSON(t, role.Rules); !bytes.Equal(got, toJSON(t, want)) {
+		t.Errorf("rules:\n got %s\nwant %s", got, toJSON(t, want))
+	}
+	binding := as[rbacv1.RoleBinding](t, a.read("RoleBinding", a.namespace, "pg-barman-cloud"))
+	equal(t, "subjects", binding.Subjects, []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: a.namespace, Name: "pg"}})
+	if binding.RoleRef != (rbacv1.RoleRef{APIGroup: "rbac.authorization.k8s.io", Kind: "Role", Name: "pg-barman-cloud"}) {
+		t.Errorf("role reference %v", binding.RoleRef)
+	}
+	for _, m := range []metav1.ObjectMeta{role.ObjectMeta, binding.ObjectMeta} {
+		if owner := metav1.GetControllerOf(&m); owner == nil || owner.Kind != "Cluster" || owner.APIVersion != "postgresql.cnpg.io/v1" ||
+			owner.Name != "pg" || owner.UID != cluster.GetUID() || owner.BlockOwnerDeletion == nil || !*owner.BlockOwnerDeletion {
+			t.Errorf("%s is controlled by %v, not by the Cluster", m.Name, owner)
+		}
+		if m.Labels["barmancloud.cnpg.io/cluster"] != "pg" {
+			t.Errorf("labels %v", m.Labels)
+		}
+	}
+
+	// Nothing changed, nothing is written.
+	p.mustProceed(cluster)
+	if v := a.read("Role", a.namespace, "pg-barman-cloud").GetResourceVersion(); v != role.ResourceVersion {
+		t.Error("a second Pre wrote the Role")
+	}
+	if v := a.read("RoleBinding", a.namespace, "pg-barman-cloud").GetResourceVersion(); v != binding.ResourceVersion {
+		t.Error("a second Pre wrote the RoleBinding")
+	}
+
+	// And the cluster's token can do exactly this.
+	a.serviceAccount("pg")
+	for _, name := range []string{"store-a-keys", "other"} {
+		a.apply(fromYAML(t, fmt.Sprintf("apiVersion: v1\nkind: Secret\nmetadata: {name: %s, namespace: %s}\nstringData: {k: v}", name, a.namespace)))
+	}
+	sidecar, err := dynamic.NewForConfig(a.asServiceAccount(a.namespace, "pg"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := func(gvr schema.GroupVersionResource) dynamic.ResourceInterface {
+		return sidecar.Resource(gvr).Namespace(a.namespace)
+	}
+	waitFor(t, "the authorizer to see the Role", func() bool {
+		_, err := in(secrets).Get(t.Context(), "store-a-keys", metav1.GetOptions{})
+		return err == nil
+	})
+	store, err := in(objectStores).Get(t.Context(), "store-a", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unstructured.SetNestedField(store.Object, "2026-01-02T03:04:05Z", "status", "serverRecoveryWindow", "pg", "firstRecoverabilityPoint")
+	if _, err := in(objectStores).UpdateStatus(t.Context(), store, metav1.UpdateOptions{}); err != nil {
+		t.Errorf("cannot update the status: %v", err)
+	}
+	if _, err := in(objectStores).Patch(t.Context(), "store-a", "application/merge-patch+json", []byte(`{"status":{"serverRecoveryWindow":{}}}`), metav1.PatchOptions{}, "status"); err != nil {
+		t.Errorf("cannot patch the status: %v", err)
+	}
+	w, err := in(secrets).Watch(t.Context(), metav1.ListOptions{FieldSelector: "metadata.name=store-a-keys"})
+	if err != nil {
+		t.Errorf("cannot watch the Secret by name: %v", err)
+	} else {
+		w.Stop()
+	}
+	for what, err := range map[string]error{
+		"read another Secret":   second(in(secrets).Get(t.Context(), "other", metav1.GetOptions{})),
+		"list Secrets":          second(in(secrets).List(t.Context(), metav1.ListOptions{})),
+		"list ObjectStores":     second(in(objectStores).List(t.Context(), metav1.ListOptions{})),
+		"change an ObjectStore": second(in(objectStores).Update(t.Context(), store, metav1.UpdateOptions{})),
+	} {
+		if !apierrors.IsForbidden(err) {
+			t.Errorf("the sidecar may %s: %v", what, err)
+		}
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func TestAPIPreShapes(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	a.create(a.storeYAML("store-a"))
+	iam := a.storeYAML("store-iam")
+	unstructured.SetNestedMap(iam.Object, map[string]any{"inheritFromIAMRole": true}, "spec", "configuration", "s3Credentials")
+	a.create(iam)
+
+	t.Run("a role of the workload: no rule on Secrets", func(t *testing.T) {
+		p.mustProceed(a.cluster("iam", strings.ReplaceAll(archives, "store-a", "store-iam")))
+		for _, rule := range as[rbacv1.Role](t, a.read("Role", a.namespace, "iam-barman-cloud")).Rules {
+			if len(rule.ResourceNames) == 0 || slices.Contains(rule.Resources, "secrets") {
+				t.Errorf("rule %v", rule)
+			}
+		}
+	})
+	t.Run("another ServiceAccount", func(t *testing.T) {
+		p.mustProceed(a.cluster("shared", archives+"serviceAccountName: team\n"))
+		binding := as[rbacv1.RoleBinding](t, a.read("RoleBinding", a.namespace, "shared-barman-cloud"))
+		equal(t, "subjects", binding.Subjects, []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: a.namespace, Name: "team"}})
+	})
+	t.Run("another API group", func(t *testing.T) {
+		cluster := a.cluster("branded", archives)
+		cluster.SetAPIVersion("postgresql.example.com/v1")
+		p.mustProceed(cluster)
+		if owner := a.read("Role", a.namespace, "branded-barman-cloud").GetOwnerReferences(); len(owner) != 1 || owner[0].APIVersion != "postgresql.example.com/v1" {
+			t.Errorf("owners %v", owner)
+		}
+	})
+	t.Run("disabled, or another plugin", func(t *testing.T) {
+		p.mustProceed(a.cluster("disabled", "plugins: [{name: barman-cloud.cloudnative-pg.io, enabled: false, parameters: {barmanObjectName: store-a}}]"))
+		p.mustProceed(a.cluster("disabled", "plugins: [{name: other.example.com, parameters: {barmanObjectName: store-a}}]"))
+		if a.exists("Role", a.namespace, "disabled-barman-cloud") {
+			t.Error("a Role was made")
+		}
+	})
+	t.Run("a Backup", func(t *testing.T) {
+		cluster := a.cluster("backup", archives)
+		r, err := reconciler.NewReconcilerHooksClient(p.dial(p.operatorTLS())).Pre(t.Context(), &reconciler.ReconcilerHooksRequest{
+			ClusterDefinition: toJSON(t, cluster), ResourceDefinition: []byte(`{"apiVersion":"postgresql.cnpg.io/v1","kind":"Backup"}`)})
+		if err != nil || r.Behavior != reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE || a.exists("Role", a.namespace, "backup-barman-cloud") {
+			t.Errorf("%v, %v", r, err)
+		}
+	})
+	t.Run("foreign labels and subjects stay, a cluster made again owns its Role", func(t *testing.T) {
+		cluster := a.cluster("again", archives)
+		p.mustProceed(cluster)
+		binding := a.read("RoleBinding", a.namespace, "again-barman-cloud")
+		binding.SetLabels(map[string]string{"team": "db"})
+		unstructured.SetNestedSlice(binding.Object, []any{map[string]any{"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": "anna"}}, "subjects")
+		if _, err := a.on(binding).Update(t.Context(), binding, metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		cluster.SetUID("99999999-2222-3333-4444-555555555555")
+		waitFor(t, "the RoleBinding to be whole again", func() bool {
+			p.mustProceed(cluster)
+			return len(as[rbacv1.RoleBinding](t, a.read("RoleBinding", a.namespace, "again-barman-cloud")).Subjects) == 2
+		})
+		binding = a.read("RoleBinding", a.namespace, "again-barman-cloud")
+		if owners := binding.GetOwnerReferences(); len(owners) != 1 || owners[0].UID != cluster.GetUID() || binding.GetLabels()["team"] != "db" {
+			t.Errorf("owners %v, labels %v", owners, binding.GetLabels())
+		}
+	})
+	t.Run("a RoleBinding that refers elsewhere is a loud error", func(t *testing.T) {
+		a.create(fromYAML(t, fmt.Sprintf(`
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: stray-barman-cloud, namespace: %s}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}
+`, a.namespace)))
+		_, err := p.pre(a.cluster("stray", archives))
+		mentions(t, err, "stray-barman-cloud", `"view"`, "delete it")
+	})
+	t.Run("Azure", func(t *testing.T) {
+		a.withOldRules(func() {
+			store := a.storeYAML("store-azure", "configuration: {azureCredentials: {inheritFromAzureAD: true}}")
+			unstructured.RemoveNestedField(store.Object, "spec", "configuration", "s3Credentials")
+			a.create(store)
+		})
+		cluster := a.cluster("azure", strings.ReplaceAll(archives, "store-a", "store-azure"))
+		_, err := p.pre(cluster)
+		mentions(t, err, a.namespace+"/store-azure", "S3 only", "S3-compatible endpoint")
+		_, _, err = p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, a.instancePod("azure"))
+		mentions(t, err, a.namespace+"/store-azure", "S3 only", "S3-compatible endpoint")
+	})
+}
+
+// mentions checks that an error says what it has to.
+func mentions(t *testing.T, err error, words ...string) {
+	t.Helper()
+	if err == nil {
+		t.Fatal("no error")
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("error %q does not mention %q", err, w)
+		}
+	}
+}
+
+func TestAPIMissingObjectStore(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	cluster := a.cluster("pg", archives)
+	messages := func() (messages []string) {
+		list, err := a.client.Resource(events).Namespace(a.namespace).List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range list.Items {
+			event := as[corev1.Event](t, &e)
+			if event.InvolvedObject.Kind != "Cluster" || event.InvolvedObject.Name != "pg" || event.InvolvedObject.UID != cluster.GetUID() || event.Type != "Warning" {
+				t.Errorf("event %v", event)
+			}
+			messages = append(messages, event.Message)
+		}
+		return messages
+	}
+	for range 3 {
+		r, err := p.pre(cluster)
+		if err != nil || r.Behavior != reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE {
+			t.Fatalf("%v, %v; want REQUEUE and no error", r, err)
+		}
+	}
+	if got := messages(); len(got) != 1 || !strings.Contains(got[0], "ObjectStore "+a.namespace+"/store-a not found") || !strings.Contains(got[0], "create it") {
+		t.Errorf("events %q", got)
+	}
+	_, _, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, a.instancePod("pg"))
+	mentions(t, err, "ObjectStore "+a.namespace+"/store-a not found", "create it", "barmanObjectName")
+	if status.Code(err) != codes.NotFound {
+		t.Errorf("code %v", status.Code(err))
+	}
+
+	// A store that was created this moment is found, whatever the informer knows.
+	a.create(a.storeYAML("store-a"))
+	p.mustProceed(cluster)
+
+	// Gone again: a new transition, a new Event.
+	a.remove("ObjectStore", a.namespace, "store-a")
+	waitFor(t, "the plugin to notice", func() bool {
+		r, err := p.pre(cluster)
+		return err == nil && r.Behavior == reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE
+	})
+	if got := messages(); len(got) != 2 {
+		t.Errorf("events %q, want a second one", got)
+	}
+}
+
+// The Role follows the ObjectStores without any reconciliation of the Cluster.
+func TestAPIRoleFollowsTheObjectStores(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	a.create(a.storeYAML("store-a"))
+	store := a.create(a.storeYAML("store-b"))
+	p.mustProceed(a.cluster("pg", archives+recovers))
+	grants := func(resource string) (names []string) {
+		for _, rule := range as[rbacv1.Role](t, a.read("Role", a.namespace, "pg-barman-cloud")).Rules {
+			if slices.Contains(rule.Resources, resource) {
+				names = rule.ResourceNames
+			}
+		}
+		return names
+	}
+	wait := func(what string, want ...string) {
+		t.Helper()
+		waitFor(t, what, func() bool { return slices.Equal(grants("secrets"), want) })
+		equal(t, "ObjectStores after "+what, grants("objectstores"), []string{"store-a", "store-b"})
+	}
+	wait("the start", "store-a-keys", "store-b-keys")
+
+	unstructured.SetNestedField(store.Object, "new", "spec", "configuration", "s3Credentials", "secretAccessKey", "name")
+	if _, err := a.on(store).Update(t.Context(), store, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	wait("a change of the store", "new", "store-a-keys", "store-b-keys")
+	a.remove("ObjectStore", a.namespace, "store-b")
+	wait("its deletion", "store-a-keys")
+	a.create(a.storeYAML("store-b"))
+	wait("its return", "store-a-keys", "store-b-keys")
+
+	role := a.read("Role", a.namespace, "pg-barman-cloud")
+	unstructured.RemoveNestedField(role.Object, "rules")
+	unstructured.SetNestedSlice(role.Object, []any{map[string]any{
+		"apiGroups": []any{"barmancloud.cnpg.io"}, "resources": []any{"objectstores"},
+		"resourceNames": []any{"store-a", "store-b"}, "verbs": []any{"get"},
+	}}, "rules")
+	if _, err := a.on(role).Update(t.Context(), role, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	wait("somebody's edit of the Role", "store-a-keys", "store-b-keys")
+}
+
+// ---------------------------------------------------------------------------
+// Injection
+// ---------------------------------------------------------------------------
+
+// sidecarOf is the injected container and the rest of the Pod's spec.
+func sidecarOf(t *testing.T, spec *corev1.PodSpec) *corev1.Container {
+	t.Helper()
+	for i := range spec.InitContainers {
+		if spec.InitContainers[i].Name == "plugin-barman-cloud" {
+			return &spec.InitContainers[i]
+		}
+	}
+	t.Fatal("no container plugin-barman-cloud among the init containers")
+	return nil
+}
+
+// evaluated is the Pod after EVALUATE; CREATE on the result must change nothing.
+func (p *plugin) evaluated(cluster *unstructured.Unstructured, pod []byte) *corev1.Pod {
+	p.t.Helper()
+	mutated, patch, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, pod)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if _, again, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, pod); err != nil || !bytes.Equal(again, patch) {
+		p.t.Errorf("the same question has two answers:\n%s\n%s (%v)", patch, again, err)
+	}
+	var result corev1.Pod
+	if err := json.Unmarshal(mutated, &result); err != nil {
+		p.t.Fatal(err)
+	}
+	// The operator decodes into its own types and encodes again in between.
+	result.Kind, result.APIVersion = "Pod", "v1"
+	if _, patch, err := p.hook(lifecycle.OperatorOperationType_TYPE_CREATE, cluster, toJSON(p.t, result)); err != nil || patch != nil {
+		p.t.Errorf("CREATE of the evaluated Pod is patched again: %s (%v)", patch, err)
+	}
+	return &result
+}
+
+// admitted asks the API server whether it would take the object.
+func (a *api) admitted(v any) {
+	a.t.Helper()
+	u := &unstructured.Unstructured{}
+	if err := json.Unmarshal(toJSON(a.t, v), &u.Object); err != nil {
+		a.t.Fatal(err)
+	}
+	if _, err := a.on(u).Create(a.t.Context(), u, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}); err != nil {
+		a.t.Errorf("the API server refuses the mutated %s: %v", u.GetKind(), err)
+	}
+}
+
+func TestAPIInjection(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	a.create(a.storeYAML("store-a", `
+instanceSidecarConfiguration:
+  logLevel: debug
+  additionalContainerArgs: [--pprof-server=:6061]
+  resources: {requests: {memory: 64Mi, cpu: 250m}, limits: {memory: 512Mi}}
+  env:
+  - {name: TZ, value: UTC}
+  - {name: AWS_MAX_ATTEMPTS, value: "5"}
+  - {name: POD_NAME, value: not-mine}
+configuration:
+  endpointCA: {name: ca-a, key: ca.crt}`))
+	a.create(a.storeYAML("store-b", `
+instanceSidecarConfiguration:
+  logLevel: trace
+  resources: {limits: {memory: 100Mi}}
+  env: [{name: AWS_MAX_ATTEMPTS, value: "9"}, {name: FROM_B, value: b}]
+configuration:
+  endpointCA: {name: ca-b, key: bundle}`))
+	a.create(a.storeYAML("store-c"))
+	a.serviceAccount("pg")
+	cluster := a.cluster("pg", archives+recovers)
+
+	t.Run("the whole sidecar", func(t *testing.T) {
+		pod := p.evaluated(cluster, a.instancePod("pg"))
+		a.admitted(pod)
+		if first := pod.Spec.InitContainers[0].Name; len(pod.Spec.InitContainers) != 2 || first != "bootstrap-controller" {
+			t.Fatalf("%d init containers, the first is %s", len(pod.Spec.InitContainers), first)
+		}
+		sidecar := sidecarOf(t, &pod.Spec)
+		if sidecar.Image != testImage || sidecar.ImagePullPolicy != corev1.PullIfNotPresent {
+			t.Errorf("image %q, pull policy %q", sidecar.Image, sidecar.ImagePullPolicy)
+		}
+		if sidecar.RestartPolicy == nil || *sidecar.RestartPolicy != corev1.ContainerRestartPolicyAlways {
+			t.Error("not a native sidecar")
+		}
+		if sidecar.Command != nil {
+			t.Errorf("command %q instead of the image's entrypoint", sidecar.Command)
+		}
+		equal(t, "arguments", sidecar.Args, []string{"sidecar", "--log-level=debug", "--pprof-server=:6061"})
+		equal(t, "startup probe", sidecar.StartupProbe.Exec.Command, []string{"/cnpg-barman-s3", "healthcheck"})
+		if sidecar.StartupProbe.PeriodSeconds != 1 || sidecar.LivenessProbe != nil || sidecar.ReadinessProbe != nil {
+			t.Errorf("probes %v %v %v", sidecar.StartupProbe, sidecar.LivenessProbe, sidecar.ReadinessProbe)
+		}
+		var env []string
+		for _, e := range sidecar.Env {
+			env = append(env, e.Name+"="+e.Value)
+		}
+		equal(t, "environment", env, []string{
+			"PGDATA=/var/lib/postgresql/data/pgdata", "POD_NAME=pg-1", "NAMESPACE=" + a.namespace, "CLUSTER_NAME=pg",
+			"PGPORT=5432", "PGHOST=/controller/run", "TZ=UTC",
+			"SPOOL_DIRECTORY=/controller/wal-restore-spool", "CUSTOM_CNPG_GROUP=postgresql.cnpg.io", "CUSTOM_CNPG_VERSION=v1",
+			"GOMEMLIMIT=483183819", "AWS_MAX_ATTEMPTS=5", "FROM_B=b",
+		})
+		if len(sidecar.EnvFrom) != 1 || sidecar.EnvFrom[0].SecretRef.Name != "more" {
+			t.Errorf("envFrom %v", sidecar.EnvFrom)
+		}
+		if got := string(toJSON(t, sidecar.Resources)); got != `{"limits":{"memory":"512Mi"},"requests":{"cpu":"250m","memory":"64Mi"}}` {
+			t.Errorf("resources %s", got)
+		}
+		var mounts []string
+		for _, m := range sidecar.VolumeMounts {
+			mounts = append(mounts, m.Name+":"+m.MountPath)
+		}
+		equal(t, "mounts", mounts, []string{
+			"pgdata:/var/lib/postgresql/data", "scratch-data:/run", "scratch-data:/controller", "shm:/dev/shm",
+			"pg-wal:/var/lib/postgresql/wal", "plugins:/plugins", "barman-certificates:/barman-certificates",
+		})
+		postgres := pod.Spec.Containers[0]
+		if !slices.ContainsFunc(postgres.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == "plugins" && m.MountPath == "/plugins" }) ||
+			slices.ContainsFunc(postgres.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == "barman-certificates" }) {
+			t.Errorf("mounts of postgres %v", postgres.VolumeMounts)
+		}
+		volume := pod.Spec.Volumes[len(pod.Spec.Volumes)-1]
+		if got := string(toJSON(t, volume)); got != `{"name":"barman-certificates","projected":{"sources":[`+
+			`{"secret":{"name":"ca-a","items":[{"key":"ca.crt","path":"store-a/barman-ca.crt"}]}},`+
+			`{"secret":{"name":"ca-b","items":[{"key":"bundle","path":"store-b/barman-ca.crt"}]}}]}}` {
+			t.Errorf("certificates %s", got)
+		}
+		sc := sidecar.SecurityContext
+		if *sc.AllowPrivilegeEscalation || *sc.Privileged || !*sc.RunAsNonRoot || !*sc.ReadOnlyRootFilesystem || sc.RunAsUser != nil ||
+			sc.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault || !slices.Equal(sc.Capabilities.Drop, []corev1.Capability{"ALL"}) {
+			t.Errorf("security context %s", toJSON(t, sc))
+		}
+	})
+
+	t.Run("fields that this version does not know survive", func(t *testing.T) {
+		mutated, _, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, a.instancePod("pg"))
+		if err != nil || !bytes.Contains(mutated, []byte(`"futureField":{"unknown":"to-us"}`)) {
+			t.Errorf("%v in %s", err, mutated)
+		}
+	})
+
+	t.Run("which clusters get one", func(t *testing.T) {
+		for name, c := range map[string]struct {
+			spec     string
+			level    string // of the ruling store; empty when there is no sidecar
+			projects int
+		}{
+			"archive":             {archives, "debug", 1},
+			"recovery only":       {recovers, "trace", 1},
+			"replica source only": {replicates, "info", 0},
+			"archive and replica": {archives + replicates, "debug", 1},
+			"disabled":            {"plugins: [{name: barman-cloud.cloudnative-pg.io, enabled: false, parameters: {barmanObjectName: store-a}}]", "", 0},
+			"another plugin":      {"plugins: [{name: other.example.com, parameters: {barmanObjectName: store-a}}]", "", 0},
+			"none":                {"instances: 1", "", 0},
+		} {
+			cluster := a.cluster("pg", c.spec)
+			// The sidecar stays for life: a primary that runs changes nothing.
+			for _, primary := range []string{"", "pg-1"} {
+				unstructured.SetNestedField(cluster.Object, primary, "status", "currentPrimary")
+				if c.level == "" {
+					if _, patch, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, a.instancePod("pg")); err != nil || patch != nil {
+						t.Errorf("%s: patch %s, %v", name, patch, err)
+					}
+					continue
+				}
+				pod := p.evaluated(cluster, a.instancePod("pg"))
+				if got := sidecarOf(t, &pod.Spec).Args[1]; got != "--log-level="+c.level {
+					t.Errorf("%s: %s, want %s", name, got, c.level)
+				}
+				var projected []corev1.VolumeProjection
+				for _, v := range pod.Spec.Volumes {
+					if v.Name == "barman-certificates" {
+						projected = v.Projected.Sources
+					}
+				}
+				if len(projected) != c.projects {
+					t.Errorf("%s: %d certificates projected, want %d", name, len(projected), c.projects)
+				}
+			}
+		}
+	})
+
+	t.Run("another API group", func(t *testing.T) {
+		branded := a.cluster("pg", archives)
+		branded.SetAPIVersion("postgresql.example.com/v1alpha1")
+		env := map[string]string{}
+		for _, e := range sidecarOf(t, &p.evaluated(branded, a.instancePod("pg")).Spec).Env {
+			env[e.Name] = e.Value
+		}
+		if env["CUSTOM_CNPG_GROUP"] != "postgresql.example.com" || env["CUSTOM_CNPG_VERSION"] != "v1alpha1" {
+			t.Errorf("environment %v", env)
+		}
+	})
+
+	t.Run("a Pod that bootstraps itself", func(t *testing.T) {
+		pod := fromYAML(t, string(a.instancePod("pg")))
+		init, _, _ := unstructured.NestedSlice(pod.Object, "spec", "initContainers")
+		unstructured.SetNestedSlice(pod.Object, append(init, map[string]any{"name": "bootstrap-instance", "image": "x"}), "spec", "initContainers")
+		var names []string
+		for _, c := range p.evaluated(a.cluster("pg", recovers), toJSON(t, pod)).Spec.InitContainers {
+			names = append(names, c.Name)
+		}
+		equal(t, "init containers", names, []string{"bootstrap-controller", "plugin-barman-cloud", "bootstrap-instance"})
+	})
+
+	t.Run("beside another plugin", func(t *testing.T) {
+		pod := fromYAML(t, string(a.instancePod("pg")))
+		spec := pod.Object["spec"].(map[string]any)
+		spec["volumes"] = append(spec["volumes"].([]any), map[string]any{"name": "plugins", "emptyDir": map[string]any{"sizeLimit": "1Mi"}})
+		postgres := spec["containers"].([]any)[0].(map[string]any)
+		postgres["volumeMounts"] = append(postgres["volumeMounts"].([]any), map[string]any{"name": "plugins", "mountPath": "/plugins"})
+		result := p.evaluated(cluster, toJSON(t, pod))
+		a.admitted(result)
+		count := 0
+		for _, v := range result.Spec.Volumes {
+			if v.Name == "plugins" {
+				count++
+			}
+		}
+		if count != 1 || len(result.Spec.Containers[0].VolumeMounts) != 6 {
+			t.Errorf("%d volumes called plugins, mounts %v", count, result.Spec.Containers[0].VolumeMounts)
+		}
+	})
+
+	t.Run("an outdated sidecar is replaced where it stands", func(t *testing.T) {
+		pod := p.evaluated(cluster, a.instancePod("pg"))
+		want := toJSON(t, pod)
+		pod.Spec.InitContainers[1].Image = "old"
+		pod.Spec.InitContainers = append(pod.Spec.InitContainers, corev1.Container{Name: "later", Image: "x"})
+		for i, v := range pod.Spec.Volumes {
+			if v.Name == "barman-certificates" {
+				pod.Spec.Volumes[i].Projected.Sources = v.Projected.Sources[:1]
+			}
+		}
+		pod = p.evaluated(cluster, toJSON(t, pod))
+		if last := pod.Spec.InitContainers[2]; last.Name != "later" {
+			t.Errorf("the last init container is %s", last.Name)
+		}
+		pod.Spec.InitContainers = pod.Spec.InitContainers[:2]
+		if got := toJSON(t, pod); !bytes.Equal(got, want) {
+			t.Errorf("got %s\nwant %s", got, want)
+		}
+		// Without a private CA the volume and its mount go.
+		for _, v := range p.evaluated(a.cluster("pg", replicates), want).Spec.Volumes {
+			if v.Name == "barman-certificates" {
+				t.Error("the certificates' volume stays")
+			}
+		}
+	})
+
+	t.Run("Jobs", func(t *testing.T) {
+		for _, role := range []string{"full-recovery", "snapshot-recovery", "initdb", "join", "pgbasebackup", "import", "major-upgrade"} {
+			for _, prefix := range []string{"cnpg.io", "k8s.example.com"} {
+				mutated, patch, err := p.hook(lifecycle.OperatorOperationType_TYPE_CREATE, cluster, a.jobOf("pg", role, prefix))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !strings.HasSuffix(role, "-recovery") {
+					if patch != nil {
+						t.Errorf("Job %s is patched: %s", role, patch)
+					}
+					continue
+				}
+				var job batchv1.Job
+				if err := json.Unmarshal(mutated, &job); err != nil {
+					t.Fatal(err)
+				}
+				a.admitted(&job)
+				sidecar := sidecarOf(t, &job.Spec.Template.Spec)
+				// Its settings are those of the store that it reads.
+				equal(t, role, sidecar.Args, []string{"sidecar", "--log-level=trace"})
+				if sidecar.Resources.Limits.Memory().String() != "100Mi" || sidecar.RestartPolicy == nil {
+					t.Errorf("%s: %s", role, toJSON(t, sidecar))
+				}
+			}
+		}
+		if _, patch, err := p.hook(lifecycle.OperatorOperationType_TYPE_CREATE, a.cluster("pg", archives), a.jobOf("pg", "full-recovery", "cnpg.io")); err != nil || patch != nil {
+			t.Errorf("a recovery by another plugin is patched: %s, %v", patch, err)
+		}
+	})
+
+	t.Run("errors", func(t *testing.T) {
+		_, _, err := p.hook(lifecycle.OperatorOperationType_TYPE_CREATE, cluster, []byte(`{"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"name":"x"}]}}`))
+		mentions(t, err, "main container not found", "postgres")
+		_, _, err = p.hook(lifecycle.OperatorOperationType_TYPE_CREATE, cluster, []byte(`{"apiVersion":"v1","kind":"Service"}`))
+		mentions(t, err, "Service")
+	})
+}
+
+// ---------------------------------------------------------------------------
+// crd.yaml
+// ---------------------------------------------------------------------------
+
+// withOldRules runs f while no rule and no enumeration is in force, as if the objects
+// that it makes had been stored long ago.
+func (a *api) withOldRules(f func()) {
+	a.t.Helper()
+	a.installCRD("crd.yaml", func(crd *unstructured.Unstructured) {
+		var strip func(any)
+		strip = func(v any) {
+			switch v := v.(type) {
+			case map[string]any:
+				maps.DeleteFunc(v, func(k string, _ any) bool { return k == "x-kubernetes-validations" || k == "enum" || k == "pattern" })
+				for _, child := range v {
+					strip(child)
+				}
+			case []any:
+				for _, child := range v {
+					strip(child)
+				}
+			}
+		}
+		strip(crd.Object["spec"])
+	})
+	bad := a.storeYAML("probe", "configuration: {destinationPath: none}")
+	wait := func(inForce bool) {
+		a.t.Helper()
+		waitFor(a.t, fmt.Sprintf("rules in force: %v", inForce), func() bool {
+			_, err := a.on(bad).Create(a.t.Context(), bad, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+			return (err != nil) == inForce
+		})
+	}
+	wait(false)
+	f()
+	a.installCRD("crd.yaml", nil)
+	wait(true)
+}
+
+func TestAPIManifests(t *testing.T) {
+	a := testAPI(t)
+	const keys = `
+    s3Credentials:
+      accessKeyId: {name: s, key: a}
+      secretAccessKey: {name: s, key: b}`
+	tries := 0
+	try := func(spec string) error {
+		tries++
+		u := fromYAML(t, fmt.Sprintf("apiVersion: barmancloud.cnpg.io/v1\nkind: ObjectStore\nmetadata: {name: s%d, namespace: %s}\nspec:\n%s", tries, a.namespace, spec))
+		// Strict, like kubectl: a field that the schema does not know is an error.
+		_, err := a.on(u).Create(t.Context(), u, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}, FieldValidation: metav1.FieldValidationStrict})
+		return err
+	}
+	for name, spec := range map[string]string{
+		"bucket":        "  configuration:\n    destinationPath: s3://bucket" + keys,
+		"trailing /":    "  configuration:\n    destinationPath: s3://bucket/" + keys,
+		"path":          "  configuration:\n    destinationPath: s3://bucket/a/b c/" + keys,
+		"IAM role":      "  configuration:\n    destinationPath: s3://b\n    s3Credentials: {inheritFromIAMRole: true}",
+		"role and keys": "  configuration:\n    destinationPath: s3://b" + keys + "\n      inheritFromIAMRole: true",
+		"everything": `
+  retentionPolicy: 30d
+  instanceSidecarConfiguration:
+    retentionPolicyIntervalSeconds: 1800
+    logLevel: trace
+    additionalContainerArgs: [--pprof-server=0.0.0.0:6061]
+    resources:
+      requests: {memory: 64Mi, cpu: 250m}
+      limits: {memory: 512Mi, cpu: 1}
+      claims: [{name: c, request: r}]
+    env:
+    - {name: AWS_REQUEST_CHECKSUM_CALCULATION, value: when_required}
+    - {name: A, valueFrom: {secretKeyRef: {name: s, key: k, optional: true}}}
+    - {name: B, valueFrom: {configMapKeyRef: {name: s, key: k}}}
+    - {name: C, valueFrom: {fieldRef: {fieldPath: status.podIP, apiVersion: v1}}}
+    - {name: D, valueFrom: {resourceFieldRef: {resource: limits.memory, containerName: c, divisor: 1Mi}}}
+    - {name: E, valueFrom: {fileKeyRef: {path: p, key: k, volumeName: v}}}
+  configuration:
+    destinationPath: s3://backups/
+    endpointURL: https://minio:9000
+    endpointCA: {name: ca, key: ca.crt}
+    tags: {a: b, "c,d": "e=f"}
+    historyTags: {a: b}
+    wal:
+      compression: zstd
+      encryption: aws:kms
+      maxParallel: 8
+      archiveAdditionalCommandArgs: [--read-timeout=60]
+      restoreAdditionalCommandArgs: [--read-timeout, "60"]
+    data:
+      compression: bzip2
+      encryption: AES256
+      jobs: 2
+      immediateCheckpoint: true
+      additionalCommandArgs: [--min-chunk-size=5MB, --read-timeout=60]
+      restoreAdditionalCommandArgs: [-vv]
+    s3Credentials:
+      accessKeyId: {name: s, key: a}
+      secretAccessKey: {name: s, key: b}
+      region: {name: s, key: r}
+      sessionToken: {name: s, key: t}
+      inheritFromIAMRole: false`,
+	} {
+		if err := try(spec); err != nil {
+			t.Errorf("%s is refused: %v", name, err)
+		}
+	}
+	for _, compression := range []string{"bzip2", "gzip", "lz4", "snappy", "xz", "zstd"} {
+		if err := try("  configuration:\n    destinationPath: s3://b\n    wal: {compression: " + compression + "}" + keys); err != nil {
+			t.Errorf("WAL compression: %v", err)
+		}
+		if err := try("  configuration:\n    destinationPath: s3://b\n    data: {compression: " + compression + "}" + keys); (err != nil) != (compression == "xz") {
+			t.Errorf("data compression %s: %v", compression, err)
+		}
+	}
+	for name, c := range map[string]struct{ spec, message string }{
+		"no configuration":    {"  retentionPolicy: 1d", "spec.configuration: Required value"},
+		"no destination":      {"  configuration:" + keys, "spec.configuration.destinationPath: Required value"},
+		"empty destination":   {"  configuration:\n    destinationPath: ''" + keys, "destinationPath"},
+		"not S3":              {"  configuration:\n    destinationPath: https://a.example.com/c" + keys, "must be s3://bucket or s3://bucket/path"},
+		"no bucket":           {"  configuration:\n    destinationPath: s3:///a" + keys, "must be s3://bucket or s3://bucket/path"},
+		"query":               {"  configuration:\n    destinationPath: s3://a?b=c" + keys, "must be s3://bucket or s3://bucket/path"},
+		"server name":         {"  configuration:\n    destinationPath: s3://b\n    serverName: x" + keys, "use the 'serverName' plugin parameter in the Cluster resource"},
+		"no credentials":      {"  configuration:\n    destinationPath: s3://b", "no credentials defined: set s3Credentials"},
+		"empty credentials":   {"  configuration:\n    destinationPath: s3://b\n    s3Credentials: {}", "no credentials defined"},
+		"role denied":         {"  configuration:\n    destinationPath: s3://b\n    s3Credentials: {inheritFromIAMRole: false}", "no credentials defined"},
+		"access key alone":    {"  configuration:\n    destinationPath: s3://b\n    s3Credentials: {accessKeyId: {name: a, key: b}}", "set both accessKeyId and secretAccessKey"},
+		"secret key alone":    {"  configuration:\n    destinationPath: s3://b\n    s3Credentials: {secretAccessKey: {name: a, key: b}}", "set both accessKeyId and secretAccessKey"},
+		"selector, no key":    {"  configuration:\n    destinationPath: s3://b\n    endpointCA: {name: a}" + keys, "endpointCA.key: Required value"},
+		"Azure":               {"  configuration:\n    destinationPath: s3://b\n    azureCredentials: {connectionString: {name: a, key: b}}", "S3 only: use an S3-compatible endpoint"},
+		"Google":              {"  configuration:\n    destinationPath: s3://b\n    googleCredentials: {gkeEnvironment: true}", "S3 only: use an S3-compatible endpoint"},
+		"Azure beside S3":     {"  configuration:\n    destinationPath: s3://b\n    azureCredentials: {inheritFromAzureAD: true}" + keys, "S3 only: use an S3-compatible endpoint"},
+		"compression":         {"  configuration:\n    destinationPath: s3://b\n    wal: {compression: rar}" + keys, `Unsupported value: "rar"`},
+		"encryption":          {"  configuration:\n    destinationPath: s3://b\n    data: {encryption: rot13}" + keys, `Unsupported value: "rot13"`},
+		"jobs":                {"  configuration:\n    destinationPath: s3://b\n    data: {jobs: 0}" + keys, "greater than or equal to 1"},
+		"maxParallel":         {"  configuration:\n    destinationPath: s3://b\n    wal: {maxParallel: 0}" + keys, "greater than or equal to 1"},
+		"retention":           {"  retentionPolicy: 30y\n  configuration:\n    destinationPath: s3://b" + keys, "spec.retentionPolicy"},
+		"retention of zero":   {"  retentionPolicy: 0d\n  configuration:\n    destinationPath: s3://b" + keys, "spec.retentionPolicy"},
+		"log level":           {"  instanceSidecarConfiguration: {logLevel: loud}\n  configuration:\n    destinationPath: s3://b" + keys, `Unsupported value: "loud"`},
+		"log level as an arg": {"  instanceSidecarConfiguration: {additionalContainerArgs: [--log-level=debug]}\n  configuration:\n    destinationPath: s3://b" + keys, "use spec.instanceSidecarConfiguration.logLevel"},
+		"unknown field":       {"  configuration:\n    destinationPath: s3://b\n    endpointUrl: x" + keys, `unknown field "spec.configuration.endpointUrl"`},
+	} {
+		err := try(c.spec)
+		if err == nil {
+			t.Errorf("%s is admitted", name)
+		} else if !strings.Contains(err.Error(), c.message) {
+			t.Errorf("%s: %v\ndoes not say %q", name, err, c.message)
+		}
+	}
+}
+
+func TestAPIManifestDefaults(t *testing.T) {
+	a := testAPI(t)
+	bare := as[ObjectStore](t, a.create(a.storeYAML("bare")))
+	if c := bare.Spec.InstanceSidecarConfiguration; c.LogLevel != "" || c.RetentionPolicyIntervalSeconds != 0 {
+		t.Errorf("defaults without the stanza: %v", c)
+	}
+	stanza := as[ObjectStore](t, a.create(a.storeYAML("stanza", "instanceSidecarConfiguration: {env: []}")))
+	if c := stanza.Spec.InstanceSidecarConfiguration; c.LogLevel != "info" || c.RetentionPolicyIntervalSeconds != 1800 {
+		t.Errorf("defaults within the stanza: %v", c)
+	}
+}
+
+// A store that was made before the rules goes on: its status is written, its other
+// fields may change; a new mistake in the same place is refused.
+func TestAPIOldObjectsBreakNewRules(t *testing.T) {
+	a := testAPI(t)
+	broken := map[string]string{
+		"azure":   "configuration: {azureCredentials: {inheritFromAzureAD: true, storageAccount: {name: a, key: b}}}",
+		"google":  "configuration: {googleCredentials: {gkeEnvironment: true, applicationCredentials: {name: a, key: b}}}",
+		"server":  "configuration: {serverName: x}",
+		"scheme":  "configuration: {destinationPath: 'https://a/b'}",
+		"args":    "instanceSidecarConfiguration: {additionalContainerArgs: ['--log-level=debug']}",
+		"data-xz": "configuration: {data: {compression: xz}}",
+	}
+	a.withOldRules(func() {
+		for name, spec := range broken {
+			a.create(a.storeYAML(name, spec))
+		}
+		keys := a.storeYAML("half-keys")
+		unstructured.RemoveNestedField(keys.Object, "spec", "configuration", "s3Credentials", "secretAccessKey")
+		a.create(keys)
+		none := a.storeYAML("no-keys")
+		unstructured.RemoveNestedField(none.Object, "spec", "configuration", "s3Credentials")
+		a.create(none)
+	})
+	for _, name := range append(slices.Sorted(maps.Keys(broken)), "half-keys", "no-keys") {
+		store := a.read("ObjectStore", a.namespace, name)
+		for _, status := range []map[string]any{
+			{"serverRecoveryWindow": map[string]any{"pg": map[string]any{"lastFailedBackupTime": "2026-01-02T03:04:05Z"}}},
+			{
+				"conditions": []any{map[string]any{"type": "Ready", "status": "False", "reason": "R", "message": "m", "lastTransitionTime": "2026-01-02T03:04:05Z"}},
+				"servers": map[string]any{"pg": map[string]any{"later": int64(1), "conditions": []any{
+					map[string]any{"type": "Archiving", "status": "True", "reason": "R", "message": "m", "lastTransitionTime": "2026-01-02T03:04:05Z"}}}},
+			},
+		} {
+			store.Object["status"] = status
+			updated, err := a.on(store).UpdateStatus(t.Context(), store, metav1.UpdateOptions{})
+			if err != nil {
+				t.Errorf("%s: the status cannot be written: %v", name, err)
+				continue
+			}
+			if got, want := toJSON(t, updated.Object["status"]), toJSON(t, status); !bytes.Equal(got, want) {
+				t.Errorf("%s: the status is kept as %s, was %s", name, got, want)
+			}
+			store = updated
+		}
+		unstructured.SetNestedField(store.Object, "7d", "spec", "retentionPolicy")
+		store, err := a.on(store).Update(t.Context(), store, metav1.UpdateOptions{})
+		if err != nil {
+			t.Errorf("%s: another field cannot be changed: %v", name, err)
+			continue
+		}
+		unstructured.SetNestedField(store.Object, "http://elsewhere", "spec", "configuration", "destinationPath")
+		if _, err := a.on(store).Update(t.Context(), store, metav1.UpdateOptions{}); err == nil {
+			t.Errorf("%s: a new mistake is admitted", name)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------
+// The command line
+// ---------------------------------------------------------------------------
+
+func TestOperatorNeedsItsSettings(t *testing.T) {
+	for _, c := range []struct {
+		env  []string
+		args []string
+		want string
+	}{
+		{nil, nil, "missing required SIDECAR_IMAGE environment variable"},
+		{[]string{"SIDECAR_IMAGE= "}, nil, "missing required SIDECAR_IMAGE environment variable"},
+		{[]string{"SIDECAR_IMAGE=x", "SIDECAR_IMAGE_PULL_POLICY=Sometimes"}, nil, "set Always, IfNotPresent or Never"},
+		{[]string{"SIDECAR_IMAGE=x", "NAMESPACE="}, nil, "set NAMESPACE"},
+		{nil, []string{"extra"}, "unexpected argument"},
+	} {
+		r := runProgram(t, append([]string{"SIDECAR_IMAGE="}, c.env...), append([]string{"operator"}, c.args...)...)
+		if r.Code == 0 || !strings.Contains(r.Stdout+r.Stderr, c.want) {
+			t.Errorf("%v %v: exit code %d, %s%s; want %q", c.env, c.args, r.Code, r.Stdout, r.Stderr, c.want)
+		}
+	}
+}
