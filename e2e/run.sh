@@ -98,7 +98,7 @@ archiving='{.status.conditions[?(@.type=="ContinuousArchiving")].status}'
 archiving_message='{.status.conditions[?(@.type=="ContinuousArchiving")].message}'
 
 sql() { # sql CLUSTER SQL: as superuser on the primary, database app
-  k exec -i "$(field "cluster/$1" '{.status.currentPrimary}')" -c postgres -- \
+  k exec "$(field "cluster/$1" '{.status.currentPrimary}')" -c postgres -- \
     psql --no-psqlrc --quiet --tuples-only --no-align --set ON_ERROR_STOP=1 --dbname app --command "$2"
 }
 content() { sql "$1" "SELECT count(*) || ' rows, ' || coalesce(md5(string_agg(t::text, ',' ORDER BY id)), '') FROM ${2:-item} t"; }
