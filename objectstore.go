@@ -1003,9 +1003,9 @@ func (r *objectReader) open() error {
 	watchdog := time.AfterFunc(requestTimeout, cancel)
 	out, err := r.store.client.GetObject(ctx, input)
 	if err != nil {
-		watchdog.Stop()
+		fired := !watchdog.Stop()
 		cancel()
-		if r.ctx.Err() == nil && ctx.Err() != nil {
+		if fired && r.ctx.Err() == nil {
 			err = fmt.Errorf("no reply within %s: %w", requestTimeout, os.ErrDeadlineExceeded)
 		}
 		return r.store.wrap("get", r.key, err)
