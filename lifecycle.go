@@ -133,10 +133,13 @@ func runOperator(ctx context.Context, args []string) error {
 	fs.StringVar(&o.clientSecret, "client-secret", "cnpg-barman-s3-client-tls", "`name` in the Service's annotation cnpg.io/pluginClientSecret")
 	kubeconfig := fs.String("kubeconfig", "", "`file` to reach the API server with, when not in a Pod")
 	if err := fs.Parse(args); err != nil {
-		return err
+		if errors.Is(err, flag.ErrHelp) {
+			return err
+		}
+		return usageError{err}
 	}
 	if fs.NArg() > 0 {
-		return fmt.Errorf("operator: unexpected argument %q", fs.Arg(0))
+		return usageError{fmt.Errorf("operator: unexpected argument %q", fs.Arg(0))}
 	}
 	o.sidecarImage = strings.TrimSpace(os.Getenv("SIDECAR_IMAGE"))
 	if o.sidecarImage == "" {
@@ -157,7 +160,13 @@ func runOperator(ctx context.Context, args []string) error {
 		}
 		o.namespace = strings.TrimSpace(string(b))
 	}
-	config, err := clientcmd.BuildConfigFromFlags("", *kubeconfig)
+	var config *rest.Config
+	var err error
+	if *kubeconfig != "" {
+		config, err = clientcmd.BuildConfigFromFlags("", *kubeconfig)
+	} else {
+		config, err = rest.InClusterConfig()
+	}
 	if err != nil {
 		return fmt.Errorf("configure the Kubernetes client: %w", err)
 	}

@@ -71,13 +71,11 @@ var resources = map[string]schema.GroupVersionResource{
 	"Service":                  {Version: "v1", Resource: "services"},
 	"Pod":                      {Version: "v1", Resource: "pods"},
 	"Job":                      {Group: "batch", Version: "v1", Resource: "jobs"},
-	"Deployment":               {Group: "apps", Version: "v1", Resource: "deployments"},
 	"Role":                     roles,
 	"RoleBinding":              roleBindings,
 	"ClusterRole":              {Group: rbacv1.GroupName, Version: "v1", Resource: "clusterroles"},
 	"ClusterRoleBinding":       {Group: rbacv1.GroupName, Version: "v1", Resource: "clusterrolebindings"},
 	"ObjectStore":              objectStores,
-	"Cluster":                  {Group: "postgresql.cnpg.io", Version: "v1", Resource: "clusters"},
 }
 
 // testAPI connects to the API server, installs crd.yaml and makes a namespace.
