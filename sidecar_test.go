@@ -1,0 +1,609 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cloudnative-pg/cnpg-i/pkg/backup"
+	"github.com/cloudnative-pg/cnpg-i/pkg/identity"
+	"github.com/cloudnative-pg/cnpg-i/pkg/metrics"
+	restorejob "github.com/cloudnative-pg/cnpg-i/pkg/restore/job"
+	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// ---------------------------------------------------------------------------
+// A running sidecar
+// ---------------------------------------------------------------------------
+
+// sidecar is the program in the mode `sidecar`, configured by a file.
+type sidecar struct {
+	t      testing.TB
+	socket string
+	cmd    *exec.Cmd
+	log    *bytes.Buffer
+	ended  chan struct{}
+}
+
+// startSidecar runs the program as PostgreSQL's user, so that it can read its files.
+func startSidecar(t testing.TB, socket, storeFile, pgdata string, env ...string) *sidecar {
+	t.Helper()
+	s := &sidecar{t: t, socket: socket, log: &bytes.Buffer{}, ended: make(chan struct{})}
+	s.cmd = asPostgres(t, program(t), "sidecar", "--socket", socket, "--objectstore", storeFile, "--pgdata", pgdata)
+	s.cmd.Env = append(os.Environ(), append(env, "POD_NAME=main-1")...)
+	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
+	if err := s.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { s.cmd.Wait(); close(s.ended) }()
+	t.Cleanup(func() {
+		s.cmd.Process.Kill()
+		<-s.ended
+		if t.Failed() {
+			t.Logf("log of the sidecar:\n%s", s.log)
+		}
+	})
+	waitFor(t, "the socket", func() bool {
+		c, err := net.Dial("unix", socket)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+	return s
+}
+
+func (s *sidecar) dial() *grpc.ClientConn {
+	s.t.Helper()
+	conn, err := grpc.NewClient("unix://"+s.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// kill ends the process as the kernel does when memory runs out.
+func (s *sidecar) kill() {
+	s.cmd.Process.Kill()
+	<-s.ended
+}
+
+// mainCluster is the Cluster `main`, which archives to ObjectStore `store`.
+const mainCluster = `{"metadata":{"name":"main","uid":"u-1"},"spec":{"plugins":[{"name":"barman-cloud.cloudnative-pg.io","isWALArchiver":true,
+	"parameters":{"barmanObjectName":"store"}}]},"status":{"currentPrimary":"main-1"}}`
+
+// The handshake of OPERATOR 1.3, in its order, on a socket that a killed predecessor left behind.
+func TestSidecarHandshake(t *testing.T) {
+	dir := testDir(t)
+	socket := filepath.Join(dir, PluginName)
+	stale, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale.(*net.UnixListener).SetUnlinkOnClose(false)
+	stale.Close()
+	s := startSidecar(t, socket, storeFile(t, testS3(t), newBucket(t)), dir)
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("the operator takes every name beside the socket for a plugin: %v, %v", entries, err)
+	}
+	conn, ctx := s.dial(), t.Context()
+
+	id := identity.NewIdentityClient(conn)
+	meta, err := id.GetPluginMetadata(ctx, &identity.GetPluginMetadataRequest{})
+	if err != nil || meta.Name != PluginName || meta.DisplayName != "BarmanCloudInstance" || meta.License != "APACHE 2.0" || meta.Version == "" {
+		t.Errorf("metadata %v, %v", meta, err)
+	}
+	caps, err := id.GetPluginCapabilities(ctx, &identity.GetPluginCapabilitiesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var announced []string
+	for _, c := range caps.Capabilities {
+		announced = append(announced, c.GetService().Type.String())
+	}
+	if want := []string{"TYPE_WAL_SERVICE", "TYPE_BACKUP_SERVICE", "TYPE_RESTORE_JOB", "TYPE_METRICS"}; !slices.Equal(announced, want) {
+		t.Errorf("announced %q, not %q", announced, want)
+	}
+	if w, err := wal.NewWALClient(conn).GetCapabilities(ctx, &wal.WALCapabilitiesRequest{}); err != nil || len(w.Capabilities) != 2 {
+		t.Errorf("WAL: %v, %v", w, err)
+	}
+	if b, err := backup.NewBackupClient(conn).GetCapabilities(ctx, &backup.BackupCapabilitiesRequest{}); err != nil ||
+		b.Capabilities[0].GetRpc().Type != backup.BackupCapability_RPC_TYPE_BACKUP {
+		t.Errorf("Backup: %v, %v", b, err)
+	}
+	if r, err := restorejob.NewRestoreJobHooksClient(conn).GetCapabilities(ctx, &restorejob.RestoreJobHooksCapabilitiesRequest{}); err != nil ||
+		r.Capabilities[0].Kind != restorejob.RestoreJobHooksCapability_KIND_RESTORE {
+		t.Errorf("RestoreJobHooks: %v, %v", r, err)
+	}
+	if m, err := metrics.NewMetricsClient(conn).GetCapabilities(ctx, &metrics.MetricsCapabilitiesRequest{}); err != nil ||
+		m.Capabilities[0].GetRpc().Type != metrics.MetricsCapability_RPC_TYPE_METRICS {
+		t.Errorf("Metrics: %v, %v", m, err)
+	}
+	if p, err := id.Probe(ctx, &identity.ProbeRequest{}); err != nil || !p.Ready {
+		t.Errorf("Probe: %v, %v", p, err)
+	}
+	for _, c := range []struct {
+		socket string
+		code   int
+	}{{socket, 0}, {socket + "-gone", 1}} {
+		if r := runProgram(t, nil, "healthcheck", "--socket", c.socket); r.Code != c.code {
+			t.Errorf("healthcheck of %s ends with %d: %s", c.socket, r.Code, r.Stderr)
+		}
+	}
+	// Status and SetFirstRequired have no caller
+	if _, err := wal.NewWALClient(conn).Status(ctx, &wal.WALStatusRequest{}); status.Code(err) != codes.Unimplemented {
+		t.Errorf("Status: %v", err)
+	}
+}
+
+// The life of a cluster through the socket: WAL, a base backup, metrics, a restore.
+func TestSidecarArchivesBacksUpRestores(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket, "wal: {compression: gzip}", "data: {compression: gzip, immediateCheckpoint: true}")
+	clusterFile := filepath.Join(testDir(t), "cluster.json")
+	if err := os.WriteFile(clusterFile, []byte(mainCluster), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(testDir(t), "s")
+	p := startPostgres(t, pgOptions{ArchiveCommand: fmt.Sprintf("%s --socket %s --cluster %s archive %%p", socketClient(t), socket, clusterFile)})
+	s := startSidecar(t, socket, file, p.Dir, p.Env()...)
+	conn, ctx := s.dial(), t.Context()
+
+	p.Exec("CREATE TABLE t AS SELECT i, md5(i::text) AS x FROM generate_series(1, 20000) AS i")
+	result, err := backup.NewBackupClient(conn).Backup(ctx, &backup.BackupRequest{ClusterDefinition: []byte(mainCluster), BackupDefinition: []byte(`{}`)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !backupIDForm.MatchString(result.BackupId) || !regexp.MustCompile(`^backup-\d{14}$`).MatchString(result.BackupName) ||
+		result.InstanceId != "main-1" || !result.Online || result.StartedAt == 0 || result.StoppedAt < result.StartedAt ||
+		result.Metadata["clusterUID"] != "u-1" || result.Metadata["pluginName"] != PluginName || result.Metadata["timeline"] != "1" {
+		t.Errorf("result %v", result)
+	}
+	p.Exec("INSERT INTO t SELECT i, md5(i::text) FROM generate_series(20001, 30000) AS i")
+	want := p.Query("SELECT count(*), md5(string_agg(x, '' ORDER BY i)) FROM t")
+	p.WaitArchived(p.SwitchWAL())
+
+	m := metrics.NewMetricsClient(conn)
+	defined, err := m.Define(ctx, &metrics.DefineMetricsRequest{ClusterDefinition: []byte(mainCluster)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	collected, err := m.Collect(ctx, &metrics.CollectMetricsRequest{ClusterDefinition: []byte(mainCluster)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := map[string]float64{}
+	for _, c := range collected.Metrics {
+		if !slices.ContainsFunc(defined.Metrics, func(d *metrics.Metric) bool { return d.FqName == c.FqName }) {
+			t.Errorf("%s is collected and not defined: the whole scrape would fail", c.FqName)
+		}
+		values[c.FqName] = c.Value
+	}
+	if at := float64(result.StoppedAt); values[metricPrefix+"first_recoverability_point"] != at ||
+		values[metricPrefix+"last_available_backup_timestamp"] != at || values[metricPrefix+"last_failed_backup_timestamp"] != 0 || len(values) != 3 {
+		t.Errorf("metrics %v after a backup that ended at %v", values, at)
+	}
+
+	// a new cluster from it, through a sidecar of its own
+	pgdata := filepath.Join(testDir(t), "pgdata")
+	newCluster := `{"metadata":{"name":"new"},"spec":{"bootstrap":{"recovery":{"source":"origin"}},"externalClusters":[{"name":"origin",
+		"plugin":{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store","serverName":"main"}}}]}}`
+	job := startSidecar(t, filepath.Join(testDir(t), "s"), file, pgdata)
+	reply, err := restorejob.NewRestoreJobHooksClient(job.dial()).Restore(ctx, &restorejob.RestoreRequest{ClusterDefinition: []byte(newCluster)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "recovery_target_action = promote\nrestore_command = '/controller/manager wal-restore --log-destination /controller/log/postgres.json %f %p'"; strings.TrimSpace(reply.RestoreConfig) != want {
+		t.Errorf("restore_config %q", reply.RestoreConfig)
+	}
+	newFile := filepath.Join(testDir(t), "new.json")
+	if err := os.WriteFile(newFile, []byte(newCluster), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(pgdata, "recovery.signal"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	restored := startRestored(t, pgdata, fmt.Sprintf("restore_command=%s --socket %s --cluster %s restore %%f %%p", socketClient(t), job.socket, newFile))
+	if got := restored.Query("SELECT count(*), md5(string_agg(x, '' ORDER BY i)) FROM t"); got != want {
+		t.Errorf("restored %s, not %s", got, want)
+	}
+}
+
+// socketClient is the program that plays the instance manager's archive and restore commands.
+func socketClient(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(testRoot, "socketclient")
+	if !fileExists(path) {
+		cmd := exec.Command("go", "build", "-C", "tools", "-o", path, "./socketclient")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		mustRun(t, cmd)
+	}
+	return path
+}
+
+// kill -9 in the middle of a backup and of a WAL file: nothing that says DONE and is not,
+// the server goes on archiving through the next sidecar, and the next backup is good.
+func TestSidecarKilled(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	file := storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "data: {immediateCheckpoint: true}")
+	clusterFile := filepath.Join(testDir(t), "cluster.json")
+	if err := os.WriteFile(clusterFile, []byte(mainCluster), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(testDir(t), "s")
+	p := startPostgres(t, pgOptions{ArchiveCommand: fmt.Sprintf("%s --socket %s --cluster %s archive %%p", socketClient(t), socket, clusterFile)})
+	p.Exec("CREATE TABLE t AS SELECT i, md5(i::text) AS x FROM generate_series(1, 100000) AS i")
+	want := p.Query("SELECT count(*), md5(string_agg(x, '' ORDER BY i)) FROM t")
+	s := startSidecar(t, socket, file, p.Dir, p.Env()...)
+
+	stall := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(`/base/.*partNumber=`), Do: stallRequest, Times: 1})
+	failed := make(chan error, 1)
+	conn := s.dial()
+	go func() {
+		_, err := backup.NewBackupClient(conn).Backup(context.Background(), &backup.BackupRequest{ClusterDefinition: []byte(mainCluster)})
+		failed <- err
+	}()
+	waitFor(t, "the upload of the data", func() bool { return proxy.hits(stall) == 1 })
+	walStall := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(`/wals/`), Do: stallRequest, Times: 1})
+	segment := p.SwitchWAL()
+	waitFor(t, "the upload of the WAL file", func() bool { return proxy.hits(walStall) == 1 })
+	s.kill()
+	if err := <-failed; err == nil {
+		t.Fatal("a backup whose sidecar was killed was reported as good")
+	}
+	proxy.clear()
+
+	s = startSidecar(t, socket, file, p.Dir, p.Env()...)
+	p.WaitArchived(segment)
+	store := openTestStore(t, file)
+	catalog, err := store.Catalog(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range catalog.Backups {
+		if b.Done() {
+			t.Errorf("backup %s says %s", b.ID, b.Status)
+		}
+	}
+	result, err := backup.NewBackupClient(s.dial()).Backup(t.Context(), &backup.BackupRequest{ClusterDefinition: []byte(mainCluster)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgdata := filepath.Join(testDir(t), "pgdata")
+	r := run(t, asPostgres(t, program(t), "restore", "--objectstore", file, "--server-name", "main", pgdata))
+	if r.Code != 0 {
+		t.Fatal(r.Stderr)
+	}
+	if got := startRestored(t, pgdata).Query("SELECT count(*), md5(string_agg(x, '' ORDER BY i)) FROM t"); got != want {
+		t.Errorf("backup %s restored as %s, not %s", result.BackupId, got, want)
+	}
+}
+
+// SIGTERM: a WAL file in flight gets done, a backup is cancelled and says FAILED.
+func TestSidecarStops(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	file := storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "data: {immediateCheckpoint: true}")
+	p := startPostgres(t, pgOptions{ArchiveCommand: "true"})
+	s := startSidecar(t, filepath.Join(testDir(t), "s"), file, p.Dir, p.Env()...)
+	conn := s.dial()
+	stall := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(`/base/.*partNumber=`), Do: stallRequest, Times: 1})
+	slow := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(`/wals/`), Do: delayRequest, Delay: 2 * time.Second, Times: 1})
+
+	backedUp, archived := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := backup.NewBackupClient(conn).Backup(context.Background(), &backup.BackupRequest{ClusterDefinition: []byte(mainCluster)})
+		backedUp <- err
+	}()
+	waitFor(t, "the upload of the data", func() bool { return proxy.hits(stall) == 1 })
+	path := writeWAL(t, seg5, segment(seg5, mib, 7, 1))
+	go func() {
+		_, err := wal.NewWALClient(conn).Archive(context.Background(), &wal.WALArchiveRequest{ClusterDefinition: []byte(mainCluster), SourceFileName: path})
+		archived <- err
+	}()
+	waitFor(t, "the upload of the WAL file", func() bool { return proxy.hits(slow) == 1 })
+	s.cmd.Process.Signal(syscall.SIGTERM)
+	if err := <-archived; err != nil {
+		t.Errorf("the WAL file in flight: %v", err)
+	}
+	if err := <-backedUp; err == nil {
+		t.Error("the cancelled backup was reported as good")
+	}
+	<-s.ended
+	if code := s.cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	store := openTestStore(t, file)
+	mustFetch(t, store, seg5, segment(seg5, mib, 7, 1))
+	catalog, err := store.Catalog(t.Context())
+	if err != nil || len(catalog.Backups) != 1 || catalog.Backups[0].Status != statusFailed || len(catalog.Incomplete) != 0 {
+		t.Errorf("catalog %+v, %v", catalog, err)
+	}
+	if left := server.uploads(t, bucket); len(left) != 0 {
+		t.Errorf("unfinished uploads stay: %q", left)
+	}
+}
+
+// ---------------------------------------------------------------------------
+// Configuration from files
+// ---------------------------------------------------------------------------
+
+func TestFileSourceErrors(t *testing.T) {
+	const store = "apiVersion: barmancloud.cnpg.io/v1\nkind: ObjectStore\nmetadata: {name: store}\nspec:\n  configuration:\n    destinationPath: s3://b/\n"
+	const keys = "    s3Credentials:\n      accessKeyId: {name: keys, key: ID}\n      secretAccessKey: {name: keys, key: SECRET}\n"
+	const secret = "---\napiVersion: v1\nkind: Secret\nmetadata: {name: keys}\nstringData: {ID: a, SECRET: b}\n"
+	for name, c := range map[string]struct {
+		manifest string
+		words    []string // none: no error
+	}{
+		"good":                 {store + keys + secret, nil},
+		"no ObjectStore":       {secret, []string{"holds no ObjectStore"}},
+		"no YAML":              {"{", []string{"document 1"}},
+		"azure":                {store + "    azureCredentials: {connectionString: {name: a, key: b}}\n", []string{"S3 only", "azureCredentials"}},
+		"google":               {store + "    googleCredentials: {gkeEnvironment: true}\n", []string{"S3 only", "googleCredentials"}},
+		"no credentials":       {store, []string{"no credentials defined", "s3Credentials"}},
+		"half the keys":        {store + "    s3Credentials:\n      accessKeyId: {name: keys, key: ID}\n" + secret, []string{"missing secret access key"}},
+		"no Secret":            {store + keys, []string{"Secret keys", "not found"}},
+		"no key in the Secret": {store + keys + strings.Replace(secret, "SECRET", "SECRETS", 1), []string{"missing key SECRET, inside secret keys", "ID, SECRETS"}},
+		"serverName":           {store + "    serverName: x\n" + keys + secret, []string{"plugin parameter serverName"}},
+		"not s3":               {strings.Replace(store, "s3://b/", "gs://b/", 1) + keys + secret, []string{`destinationPath "gs://b/"`}},
+		"no bucket":            {strings.Replace(store, "s3://b/", "s3:///x", 1) + keys + secret, []string{"s3://bucket[/path]"}},
+		"unknown argument":     {store + "    data: {additionalCommandArgs: [--snapshot-instance=x]}\n" + keys + secret, []string{"data.additionalCommandArgs", "snapshot-instance"}},
+		"unknown compression":  {store + "    wal: {compression: rar}\n" + keys + secret, []string{`"rar"`}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(testDir(t), "store.yaml")
+			if err := os.WriteFile(file, []byte(c.manifest), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			source, err := newFileSource(file)
+			if err == nil {
+				_, err = source.Store(t.Context(), StoreRef{"store", "main"})
+			}
+			if c.words == nil {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			mustSay(t, err, nil, c.words...)
+		})
+	}
+	source, err := newFileSource(storeFile(t, testS3(t), "b"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = source.Store(t.Context(), StoreRef{"stor", "main"})
+	mustSay(t, err, errNoObject, "ObjectStore stor", "which holds store")
+	for _, bad := range []string{"", "a/b"} {
+		_, err = source.Store(t.Context(), StoreRef{"store", bad})
+		mustSay(t, err, nil, "serverName")
+	}
+	_, err = newFileSource("/no/such/file")
+	mustSay(t, err, os.ErrNotExist, "/no/such/file")
+}
+
+// A store keeps its connections while its configuration stays, and is opened anew when a key changes.
+func TestFileSourceFollowsTheFile(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	wrong := *server
+	wrong.SecretKey = "rotated away"
+	file := storeFile(t, &wrong, bucket)
+	source, err := newFileSource(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := StoreRef{"store", "main"}
+	first, err := source.Store(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, _ := source.Store(t.Context(), ref); again != first {
+		t.Error("the store was opened twice")
+	}
+	if other, _ := source.Store(t.Context(), StoreRef{"store", "other"}); other == first {
+		t.Error("two server names share one store")
+	}
+	_, err = first.Catalog(t.Context())
+	mustSay(t, err, errDenied)
+	good, err := os.ReadFile(storeFile(t, server, bucket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	later := time.Now().Add(time.Minute)
+	if err := os.Chtimes(file, later, later); err != nil {
+		t.Fatal(err)
+	}
+	second, err := source.Store(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := second.Catalog(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// ---------------------------------------------------------------------------
+// Configuration from Kubernetes
+// ---------------------------------------------------------------------------
+
+// faultyAPI counts requests to the API server and can take it away.
+type faultyAPI struct {
+	http.RoundTripper
+	requests atomic.Int64
+	away     atomic.Bool
+}
+
+func (f *faultyAPI) RoundTrip(r *http.Request) (*http.Response, error) {
+	f.requests.Add(1)
+	if f.away.Load() {
+		return nil, errors.New("the API server is away")
+	}
+	return f.RoundTripper.RoundTrip(r)
+}
+
+// The sidecar under the cluster's own token: it sees what the Role names as soon as it
+// may, follows changes without asking again, and goes on while the API server is away.
+func TestAPISidecarConfiguration(t *testing.T) {
+	a := testAPI(t)
+	server, bucket := testS3(t), newBucket(t)
+	a.serviceAccount("main")
+	config := a.asServiceAccount(a.namespace, "main")
+	faulty := &faultyAPI{}
+	config.Wrap(func(rt http.RoundTripper) http.RoundTripper { faulty.RoundTripper = rt; return faulty })
+	source, err := kubeSourceFor(t.Context(), config, a.namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := StoreRef{"store-a", "main"}
+	w := &walService{source: source, instance: "main-1", pgdata: testDir(t)}
+	definition := []byte(strings.Replace(mainCluster, `"store"`, `"store-a"`, 1))
+	archive := func(name string) error {
+		_, err := w.Archive(t.Context(), &wal.WALArchiveRequest{ClusterDefinition: definition, SourceFileName: writeWAL(t, name, segment(name, mib, 7, 1))})
+		return err
+	}
+
+	// no Role yet
+	if err := archive(seg5); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "store-a") || !strings.Contains(err.Error(), "Role") {
+		t.Errorf("without a Role: %v", err)
+	}
+	a.create(a.storeYAML("store-a", fmt.Sprintf("configuration: {destinationPath: 's3://%s', endpointURL: '%s'}", bucket, server.Endpoint)))
+	a.start(a.install()).mustProceed(a.cluster("main", archives))
+	waitFor(t, "the authorizer to see the Role", func() bool { return !errors.Is(second(source.Store(t.Context(), ref)), errForbidden) })
+	if err := archive(seg5); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "Secret "+a.namespace+"/store-a-keys") {
+		t.Errorf("without the Secret: %v", err)
+	}
+	keys := func(secret string) {
+		a.apply(fromYAML(t, fmt.Sprintf("apiVersion: v1\nkind: Secret\nmetadata: {name: store-a-keys, namespace: %s}\nstringData: {ACCESS_KEY_ID: %s, ACCESS_SECRET_KEY: %s}",
+			a.namespace, server.AccessKey, secret)))
+	}
+	keys("wrong")
+	waitFor(t, "the Secret", func() bool { return status.Code(archive(seg5)) == codes.PermissionDenied })
+	keys(server.SecretKey) // rotated, and in use without a restart
+	waitFor(t, "the new key", func() bool { return archive(seg5) == nil })
+
+	// no API request on the path of a segment
+	before := faulty.requests.Load()
+	for n := range 20 {
+		if err := archive(segmentName(1, uint64(100+n), mib)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := faulty.requests.Load() - before; n != 0 {
+		t.Errorf("20 segments made %d requests to the API server", n)
+	}
+
+	// the recovery window of one server leaves the others alone
+	if _, err := a.client.Resource(objectStores).Namespace(a.namespace).Patch(t.Context(), "store-a", types.MergePatchType,
+		[]byte(`{"status":{"serverRecoveryWindow":{"other":{"lastFailedBackupTime":"2026-01-02T03:04:05Z"}}}}`), metav1.PatchOptions{}, "status"); err != nil {
+		t.Fatal(err)
+	}
+	end := metav1.NewTime(time.Date(2026, 11, 22, 15, 45, 17, 0, time.UTC))
+	if err := source.UpdateRecoveryWindow(t.Context(), ref, func(w *RecoveryWindow) { w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = &end, &end }); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the status to come back", func() bool {
+		st, err := source.Status(t.Context(), "store-a")
+		return err == nil && st.ServerRecoveryWindow["main"].LastSuccessfulBackupTime.Equal(&end)
+	})
+	if err := source.UpdateRecoveryWindow(t.Context(), ref, func(w *RecoveryWindow) { now := metav1.Now(); w.LastFailedBackupTime = &now }); err != nil {
+		t.Fatal(err)
+	}
+	windows := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.ServerRecoveryWindow
+	if m := windows["main"]; !m.FirstRecoverabilityPoint.Equal(&end) || !m.LastSuccessfulBackupTime.Equal(&end) || m.LastFailedBackupTime == nil ||
+		windows["other"].LastFailedBackupTime == nil {
+		t.Errorf("windows %+v", windows)
+	}
+
+	faulty.away.Store(true)
+	if err := archive(seg6); err != nil {
+		t.Errorf("while the API server is away: %v", err)
+	}
+	faulty.away.Store(false)
+
+	// a deleted store is an error that names it
+	a.remove("ObjectStore", a.namespace, "store-a")
+	waitFor(t, "the deletion", func() bool {
+		err := archive("000000010000000000000007")
+		return status.Code(err) == codes.FailedPrecondition && strings.Contains(err.Error(), "ObjectStore "+a.namespace+"/store-a: not found")
+	})
+}
+
+// ---------------------------------------------------------------------------
+// The command line
+// ---------------------------------------------------------------------------
+
+// Logs have the shape of CloudNativePG's own (FEATURES K9).
+func TestLogShape(t *testing.T) {
+	file := storeFile(t, testS3(t), "no-such-bucket")
+	r := runProgram(t, []string{"POD_NAME=main-1"}, "wal-archive", "--log-level", "debug", "--objectstore", file, "--server-name", "main",
+		writeWAL(t, seg5, segment(seg5, mib, 7, 1)))
+	if r.Code != exitFailed {
+		t.Errorf("exit code %d", r.Code)
+	}
+	lines := strings.Split(strings.TrimSpace(r.Stderr), "\n")
+	var entry map[string]any
+	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &entry); err != nil {
+		t.Fatalf("%v in %q", err, r.Stderr)
+	}
+	for key, want := range map[string]string{"level": "^error$", "ts": `^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z$`, "msg": "wal-archive failed",
+		"logger": PluginName, "logging_pod": "^main-1$", "caller": `^\w+\.go:\d+$`, "error": "no-such-bucket"} {
+		if text, _ := entry[key].(string); !regexp.MustCompile(want).MatchString(text) {
+			t.Errorf("%s is %q, not %q, in %s", key, text, want, lines[len(lines)-1])
+		}
+	}
+}
+
+func TestCommandLineErrors(t *testing.T) {
+	file := storeFile(t, testS3(t), "b")
+	for _, c := range []struct {
+		args  []string
+		code  int
+		words string
+	}{
+		{nil, exitUsage, ""},
+		{[]string{"frobnicate"}, exitUsage, `no subcommand "frobnicate"`},
+		{[]string{"--help"}, 0, ""},
+		{[]string{"backup", "--help"}, 0, "Usage: cnpg-barman-s3 backup"},
+		{[]string{"version"}, 0, ""},
+		{[]string{"list", "--server-name", "x"}, exitUsage, "--objectstore FILE is missing"},
+		{[]string{"list", "--objectstore", file}, exitUsage, "--server-name NAME is missing"},
+		{[]string{"list", "--objectstore", "/no/such/file", "--server-name", "x"}, exitFailed, "/no/such/file"},
+		{[]string{"list", "--objectstore", file, "--server-name", "x", "-o", "xml"}, exitUsage, "table or json"},
+		{[]string{"list", "--frobnicate"}, exitUsage, "frobnicate"},
+		{[]string{"wal-archive", "--objectstore", file, "--server-name", "x"}, exitUsage, "takes 1 arguments"},
+		{[]string{"sidecar", "--log-level", "loud"}, exitUsage, `"loud" is not one of`},
+		{[]string{"sidecar", "--pgdata", "/tmp"}, exitUsage, "NAMESPACE"},
+	} {
+		cmd := exec.Command(program(t), c.args...)
+		cmd.Env = slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, "NAMESPACE=") || strings.HasPrefix(e, "PGDATA=") })
+		if r := run(t, cmd); r.Code != c.code || !strings.Contains(r.Stderr, c.words) {
+			t.Errorf("%q: exit code %d, not %d, with %q", c.args, r.Code, c.code, r.Stderr)
+		}
+	}
+}
