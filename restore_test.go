@@ -1002,3 +1002,220 @@ func TestRestoreJobService(t *testing.T) {
 		expectTree(t, service.pgdata, map[string]string{"global/pg_control": "file 600 control", "pg_wal": wal, "recovery.signal": "", "postgresql.auto.conf": ""})
 	}
 }
+
+// ---------------------------------------------------------------------------
+// Real backups of a real PostgreSQL
+// ---------------------------------------------------------------------------
+
+// checksum stands for the whole content of table t.
+func checksum(p *postgres) string {
+	return p.Query("SELECT count(*) || ' rows ' || md5(string_agg(t::text, ',' ORDER BY id)) FROM t")
+}
+
+// archivingPostgres is a server that archives to server main of the bucket through this
+// project's program, with a table in each of three tablespaces: the default one, one
+// beside PGDATA (side), and one inside it (inner).
+func archivingPostgres(t *testing.T, store string) *postgres {
+	t.Helper()
+	p := startPostgres(t, pgOptions{Checksums: true, Tablespaces: []string{"side"},
+		ArchiveCommand: program(t) + " wal-archive --objectstore " + store + " --server-name main %p"})
+	if err := os.Mkdir(p.Dir+"/inner", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	giveToPostgres(t, p.Dir+"/inner")
+	p.Exec("CREATE TABLESPACE inner_place LOCATION '" + p.Dir + "/inner'")
+	p.Exec(`CREATE TABLE t (id int PRIMARY KEY, filler text);
+		INSERT INTO t SELECT n, repeat(md5(n::text), 20) FROM generate_series(1, 20000) n;
+		CREATE TABLE a TABLESPACE side AS SELECT * FROM t;
+		CREATE TABLE b TABLESPACE inner_place AS SELECT * FROM t`)
+	return p
+}
+
+// restoreWithProgram restores by the command line into a new directory and returns it.
+func restoreWithProgram(t *testing.T, store string, args ...string) string {
+	t.Helper()
+	base := testDir(t)
+	pgdata := filepath.Join(base, "pgdata")
+	args = append([]string{"restore", "--objectstore", store, "--server-name", "main", "--tablespace", "side:" + base + "/side"}, args...)
+	if r := runProgram(t, nil, append(args, pgdata)...); r.Code != 0 {
+		t.Fatalf("%q: exit code %d\n%s", args, r.Code, r.Stderr)
+	}
+	return pgdata
+}
+
+// Barman's backups, in each form it has, restore: PostgreSQL starts, replays what was
+// archived since, and has every row.
+func TestRestoreBarmanBackup(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	store := storeFile(t, s, bucket, "wal: {compression: gzip}", "data: {jobs: 3}")
+	p := archivingPostgres(t, store)
+	type taken struct {
+		name, id string
+	}
+	var backups []taken
+	for name, args := range map[string][]string{
+		"none, split": {"--max-archive-size", "5MB"},
+		"gzip":        {"--gzip"},
+		"bzip2":       {"--bzip2"},
+	} {
+		if compression := strings.TrimPrefix(args[0], "--"); len(args) == 1 {
+			if _, err := codecByName(compression); err != nil {
+				t.Logf("%s: %v", name, err)
+				continue
+			}
+		}
+		// rows that a backup has only by replay are added while it runs
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					run(t, p.psql("INSERT INTO t SELECT max(id) + 1, 'busy' FROM t; UPDATE a SET filler = 'u' WHERE id = (random() * 20000)::int"))
+				}
+			}
+		}()
+		r := barman(t, s, p.Env(), "barman-cloud-backup", append(args, "--immediate-checkpoint", "--jobs", "2", "s3://"+bucket, "main")...)
+		close(stop)
+		<-stopped
+		if r.Code != 0 {
+			t.Fatalf("%s: barman-cloud-backup: exit code %d\n%s", name, r.Code, r.Stderr)
+		}
+		catalog, err := testStoreFile(t, store, "main").Catalog(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		backups = append(backups, taken{name, catalog.Backups[len(catalog.Backups)-1].ID})
+	}
+	p.Exec("INSERT INTO t VALUES (1000000, 'after every backup'); UPDATE b SET filler = 'moved on' WHERE id % 7 = 0")
+	p.WaitArchived(p.SwitchWAL())
+	table := func(p *postgres, name string) string {
+		return p.Query("SELECT count(*) || ' rows ' || md5(string_agg(x::text, ',' ORDER BY id)) FROM " + name + " x")
+	}
+	want := []string{table(p, "t"), table(p, "a"), table(p, "b")}
+	p.Stop("fast")
+	for _, b := range backups {
+		t.Run(b.name, func(t *testing.T) {
+			if keys := s.keys(t, bucket, "main/base/"+b.id+"/data_"); (len(keys) > 2) != strings.Contains(b.name, "split") {
+				t.Fatalf("the backup has %q", keys)
+			}
+			pgdata := restoreWithProgram(t, store, "--backup-id", b.id)
+			restored := startRestored(t, pgdata)
+			for i, name := range []string{"t", "a", "b"} {
+				if got := table(restored, name); got != want[i] {
+					t.Errorf("table %s: %s, want %s", name, got, want[i])
+				}
+			}
+			if got := restored.Query("SELECT pg_tablespace_location(oid) FROM pg_tablespace WHERE spcname IN ('side', 'inner_place') ORDER BY spcname"); got != pgdata+"/inner\n"+filepath.Dir(pgdata)+"/side" {
+				t.Errorf("tablespaces at %s", got)
+			}
+			restored.Stop("fast")
+			mustRun(t, asPostgres(t, restored.tool("pg_checksums"), "--check", "-D", pgdata))
+		})
+	}
+}
+
+// Recovery ends where it is asked to end, from a backup of this project: by time, LSN,
+// transaction, restore point, as soon as it is consistent, and on either timeline.
+func TestRestorePointInTime(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	store := storeFile(t, s, bucket, "wal: {compression: gzip}", "data: {compression: gzip, immediateCheckpoint: true}")
+	p := archivingPostgres(t, store)
+	take := func(p *postgres) string {
+		t.Helper()
+		r := runProgram(t, append(p.Env(), "PGDATA="+p.Dir), "backup", "--objectstore", store, "--server-name", "main")
+		if r.Code != 0 {
+			t.Fatalf("backup: exit code %d\n%s", r.Code, r.Stderr)
+		}
+		return strings.TrimSpace(r.Stdout)
+	}
+	first := take(p)
+
+	type moment struct{ time, lsn, xid, name, rows string }
+	mark := func(p *postgres, id int) moment {
+		t.Helper()
+		m := moment{name: fmt.Sprintf("point-%d", id)}
+		m.xid = p.Query(fmt.Sprintf("WITH i AS (INSERT INTO t VALUES (%d, 'mark') RETURNING 1) SELECT pg_current_xact_id() FROM i", id))
+		m.rows = checksum(p)
+		m.lsn = p.Query("SELECT pg_create_restore_point('" + m.name + "')")
+		p.Query("SELECT pg_sleep(0.01)") // so that the clock moves between two marks
+		m.time = p.Query("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')")
+		p.Query("SELECT pg_sleep(0.01)")
+		return m
+	}
+	var marks []moment
+	for i := range 4 {
+		marks = append(marks, mark(p, 100_001+i))
+	}
+	p.WaitArchived(p.SwitchWAL())
+	second := take(p)
+	last := mark(p, 200_000)
+	p.Exec("DROP TABLE t") // what everybody recovers from
+	p.WaitArchived(p.SwitchWAL())
+	p.Stop("fast")
+
+	for _, c := range []struct {
+		name   string
+		args   []string
+		backup string
+		want   string
+	}{
+		{"time", []string{"--target-time", marks[0].time}, first, marks[0].rows},
+		{"time with a zone", []string{"--target-time", marks[2].time + "+00"}, first, marks[2].rows},
+		{"time after the second backup", []string{"--target-time", last.time}, second, last.rows},
+		{"LSN", []string{"--target-lsn", marks[1].lsn}, first, marks[1].rows},
+		{"transaction", []string{"--target-xid", marks[1].xid, "--backup-id", first}, first, marks[1].rows},
+		{"just before a transaction", []string{"--target-xid", marks[1].xid, "--target-exclusive", "--backup-id", first}, first, marks[0].rows},
+		{"restore point", []string{"--target-name", marks[3].name, "--backup-id", first}, first, marks[3].rows},
+		{"immediate", []string{"--target-immediate", "--backup-id", second}, second, marks[3].rows},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			pgdata := restoreWithProgram(t, store, c.args...)
+			label, err := os.ReadFile(pgdata + "/backup_label")
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := testStoreFile(t, store, "main").ReadBackupInfo(t.Context(), c.backup)
+			if err != nil || !strings.Contains(string(label), b.BeginLSN+" ") {
+				t.Fatalf("not restored from %s (%v): %s", c.backup, err, label)
+			}
+			// a target that was left in the directory by an earlier recovery does not get in the way
+			restored := startRestored(t, pgdata)
+			if got := checksum(restored); got != c.want {
+				t.Errorf("%s, want %s", got, c.want)
+			}
+		})
+	}
+
+	// The cluster lives on from a point in time on timeline 2, archives there, and takes a
+	// backup; later recoveries can go to the end of either line.
+	archive := "archive_command=" + program(t) + " wal-archive --objectstore " + store + " --server-name main %p"
+	second2 := startRestored(t, restoreWithProgram(t, store, "--target-time", marks[1].time), "archive_mode=on", archive)
+	if got := checksum(second2); got != marks[1].rows {
+		t.Errorf("before timeline 2: %s, want %s", got, marks[1].rows)
+	}
+	onTwo := mark(second2, 300_000)
+	second2.WaitArchived(second2.SwitchWAL())
+	latest := startRestored(t, restoreWithProgram(t, store))
+	if got := checksum(latest); got != onTwo.rows {
+		t.Errorf("latest timeline, from a backup before the fork: %s, want %s", got, onTwo.rows)
+	}
+	third := take(second2)
+	after := mark(second2, 300_001)
+	second2.WaitArchived(second2.SwitchWAL())
+	latest = startRestored(t, restoreWithProgram(t, store))
+	if got := checksum(latest); got != after.rows {
+		t.Errorf("latest timeline, from backup %s on it: %s, want %s", third, got, after.rows)
+	}
+	old := startRestored(t, restoreWithProgram(t, store, "--target-timeline", "1", "--target-name", last.name))
+	if got := checksum(old); got != last.rows {
+		t.Errorf("the abandoned timeline 1: %s, want %s", got, last.rows)
+	}
+	// The second backup was taken after the fork of timeline 2.
+	r := runProgram(t, nil, "restore", "--objectstore", store, "--server-name", "main", "--backup-id", second, testDir(t)+"/pgdata")
+	if r.Code == 0 || !strings.Contains(r.Stderr, "which timeline 2 had left at") {
+		t.Errorf("a backup that is not on the line: exit code %d\n%s", r.Code, r.Stderr)
+	}
+}
