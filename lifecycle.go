@@ -588,7 +588,6 @@ const (
 	pluginsVolume      = "plugins"
 	pluginsPath        = "/plugins"
 	certificatesVolume = "barman-certificates"
-	certificatesPath   = "/barman-certificates"
 	certificateFile    = "barman-ca.crt"
 	spoolDirectory     = "/controller/wal-restore-spool"
 	// bootstrapController copies the instance manager into the Pod and must stay first.
@@ -636,7 +635,7 @@ func (o *operator) inject(c *Cluster, stores []*ObjectStore, config *InstanceSid
 		return nil, err
 	}
 	if certificates != nil {
-		sidecar.VolumeMounts = append(sidecar.VolumeMounts, corev1.VolumeMount{Name: certificatesVolume, MountPath: certificatesPath})
+		sidecar.VolumeMounts = append(sidecar.VolumeMounts, corev1.VolumeMount{Name: certificatesVolume, MountPath: certificatesDirectory})
 	}
 	containers := at + "/initContainers"
 	named := func(name string) int {

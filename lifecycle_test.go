@@ -8,8 +8,11 @@
 package main
 
 import (
+	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -21,6 +24,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -35,6 +39,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	appsv1 "k8s.io/api/apps/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -1662,6 +1667,184 @@ func TestOperatorNeedsItsSettings(t *testing.T) {
 		r := runProgram(t, append([]string{"SIDECAR_IMAGE="}, c.env...), append([]string{"operator"}, c.args...)...)
 		if r.Code == 0 || !strings.Contains(r.Stdout+r.Stderr, c.want) {
 			t.Errorf("%v %v: exit code %d, %s%s; want %q", c.env, c.args, r.Code, r.Stdout, r.Stderr, c.want)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------
+// deploy.yaml and the image
+// ---------------------------------------------------------------------------
+
+// What takes the place of the original's objects has their names and selectors; the
+// program, its flags, the Service and the Role agree about the Secrets.
+func TestDeployManifest(t *testing.T) {
+	all := map[string]*unstructured.Unstructured{}
+	for _, u := range documents(t, "deploy.yaml") {
+		all[u.GetKind()+" "+u.GetName()] = u
+	}
+	decode := func(name string, into any) {
+		t.Helper()
+		if all[name] == nil {
+			t.Fatalf("deploy.yaml has no %s", name)
+		}
+		if err := fromUnstructured(all[name], into); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var deployment appsv1.Deployment
+	var service corev1.Service
+	var certificates rbacv1.Role
+	decode("Deployment barman-cloud", &deployment)
+	decode("Service barman-cloud", &service)
+	decode("Role plugin-barman-cloud-certificates", &certificates)
+
+	if got := deployment.Spec.Selector.MatchLabels; !maps.Equal(got, map[string]string{"app": "barman-cloud"}) || !maps.Equal(service.Spec.Selector, got) {
+		t.Errorf("selectors %v and %v: a Deployment's cannot be changed, and the original's is app=barman-cloud", got, service.Spec.Selector)
+	}
+	if service.Spec.Ports[0].Port != 9090 || service.Annotations["cnpg.io/pluginPort"] != "9090" {
+		t.Errorf("the Service's ports %v, annotations %v", service.Spec.Ports, service.Annotations)
+	}
+	equal(t, "Secrets of the Role", certificates.Rules[0].ResourceNames, []string{defaultCASecret, defaultServerSecret, defaultClientSecret})
+	equal(t, "Secrets of the Service", []string{service.Annotations["cnpg.io/pluginServerSecret"], service.Annotations["cnpg.io/pluginClientSecret"]},
+		[]string{defaultServerSecret, defaultClientSecret})
+
+	container := deployment.Spec.Template.Spec.Containers[0]
+	env := map[string]string{}
+	for _, e := range container.Env {
+		env[e.Name] = e.Value
+	}
+	if env["SIDECAR_IMAGE"] != container.Image || env["SIDECAR_IMAGE_PULL_POLICY"] != "IfNotPresent" || container.ImagePullPolicy != "IfNotPresent" {
+		t.Errorf("image %q, sidecar %q: a side-loaded image must do for both", container.Image, env["SIDECAR_IMAGE"])
+	}
+	if sc := container.SecurityContext; !*deployment.Spec.Template.Spec.SecurityContext.RunAsNonRoot || !*sc.ReadOnlyRootFilesystem || *sc.AllowPrivilegeEscalation {
+		t.Errorf("security context %v", sc)
+	}
+
+	other := mustRun(t, exec.Command("make", "-s", "--no-print-directory", "deploy-manifest", "IMAGE=registry.example.com/x:9", "NAMESPACE=elsewhere"))
+	ours, err := os.ReadFile("deploy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := regexp.MustCompile(`localhost/cnpg-barman-s3:\S+`)
+	want := image.ReplaceAllString(strings.ReplaceAll(string(ours), "namespace: cnpg-system", "namespace: elsewhere"), "registry.example.com/x:9")
+	if got := strings.Count(want, "registry.example.com/x:9"); other != want || got != 2 {
+		t.Errorf("make deploy-manifest is not deploy.yaml with another image, named twice (%d), and namespace", got)
+	}
+}
+
+// The archive is an OCI image layout and a docker archive of the same blobs, and the
+// same binary gives the same bytes.
+func TestImageArchive(t *testing.T) {
+	dir := t.TempDir()
+	binary := filepath.Join(dir, "binary")
+	if err := os.WriteFile(binary, bytes.Repeat([]byte("program"), 10_000), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	archives := [2][]byte{}
+	for i := range archives {
+		file := filepath.Join(dir, fmt.Sprintf("image-%d.tar", i))
+		cmd := exec.Command("./image.sh", binary, "arm64", "localhost/x:1", file)
+		cmd.Env = append(os.Environ(), "SOURCE_DATE_EPOCH=1700000000")
+		mustRun(t, cmd)
+		var err error
+		if archives[i], err = os.ReadFile(file); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(binary, time.Time{}, time.Unix(int64(i), 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !bytes.Equal(archives[0], archives[1]) {
+		t.Error("two builds differ")
+	}
+	files := untar(t, bytes.NewReader(archives[0]))
+	for name, content := range files {
+		if digest, isBlob := strings.CutPrefix(name, "blobs/sha256/"); isBlob && digest != fmt.Sprintf("%x", sha256.Sum256(content)) {
+			t.Errorf("%s holds something else", name)
+		}
+	}
+	type descriptor struct {
+		Digest      string
+		Size        int
+		Annotations map[string]string
+		Platform    struct{ Architecture, OS string }
+	}
+	var index struct{ Manifests []descriptor }
+	var manifest struct {
+		Config descriptor
+		Layers []descriptor
+	}
+	var config struct {
+		Architecture string
+		Config       struct {
+			User       string
+			Entrypoint []string
+		}
+		RootFS struct {
+			DiffIDs []string `json:"diff_ids"`
+		}
+	}
+	var docker []struct {
+		Config           string
+		RepoTags, Layers []string
+	}
+	blob := func(d descriptor) []byte {
+		content := files["blobs/sha256/"+strings.TrimPrefix(d.Digest, "sha256:")]
+		if len(content) != d.Size {
+			t.Errorf("%s: %d bytes, should be %d", d.Digest, len(content), d.Size)
+		}
+		return content
+	}
+	parse := func(content []byte, into any) {
+		t.Helper()
+		if err := json.Unmarshal(content, into); err != nil {
+			t.Fatal(err)
+		}
+	}
+	parse(files["index.json"], &index)
+	parse(blob(index.Manifests[0]), &manifest)
+	parse(blob(manifest.Config), &config)
+	parse(files["manifest.json"], &docker)
+	if m := index.Manifests[0]; m.Annotations["io.containerd.image.name"] != "localhost/x:1" || m.Platform.Architecture != "arm64" || config.Architecture != "arm64" {
+		t.Errorf("index %s, config %s", files["index.json"], blob(manifest.Config))
+	}
+	if config.Config.User != "65532:65532" || !slices.Equal(config.Config.Entrypoint, []string{sidecarBinary}) {
+		t.Errorf("the image runs %v as %s", config.Config.Entrypoint, config.Config.User)
+	}
+	if d := docker[0]; d.RepoTags[0] != "localhost/x:1" || "sha256:"+filepath.Base(d.Config) != manifest.Config.Digest || "sha256:"+filepath.Base(d.Layers[0]) != manifest.Layers[0].Digest {
+		t.Errorf("docker's manifest %s", files["manifest.json"])
+	}
+	layer, err := gzip.NewReader(bytes.NewReader(blob(manifest.Layers[0])))
+	if err != nil {
+		t.Fatal(err)
+	}
+	content, err := io.ReadAll(layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprintf("sha256:%x", sha256.Sum256(content)); got != config.RootFS.DiffIDs[0] {
+		t.Errorf("the layer is %s, the config says %s", got, config.RootFS.DiffIDs[0])
+	}
+	if rootfs := untar(t, bytes.NewReader(content)); len(rootfs) != 1 || len(rootfs["cnpg-barman-s3"]) != 70_000 {
+		t.Errorf("the image holds %v", slices.Collect(maps.Keys(rootfs)))
+	}
+}
+
+func untar(t *testing.T, r io.Reader) map[string][]byte {
+	t.Helper()
+	files := map[string][]byte{}
+	for tr := tar.NewReader(r); ; {
+		h, err := tr.Next()
+		if err == io.EOF {
+			return files
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeReg {
+			if files[h.Name], err = io.ReadAll(tr); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 }
