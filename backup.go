@@ -44,8 +44,8 @@ type backupOptions struct {
 	Name string // backup_name of backup.info; may be empty
 	// FastCheckpoint asks for a fast checkpoint also where the ObjectStore does not.
 	FastCheckpoint bool
-	// Connection is a libpq connection string. What it leaves open comes from libpq's
-	// environment variables; without those, user and database are postgres.
+	// Connection is a libpq connection string (key=value). What it leaves open comes from
+	// libpq's environment variables; without those, user and database are postgres.
 	Connection string
 	// PGData is where this process sees the data directory; "" is where the server says it is.
 	PGData string
@@ -74,10 +74,9 @@ const (
 // a backup is jobs x 2 parts (one is being filled while one is on its way), and about
 // one MiB of buffers for each job.
 const (
-	backupPartSize  = 8 << 20
-	maxArchiveSize  = 16 << 30
-	maxArchiveParts = 9_500 // leaves room for the last file
-
+	backupPartSize   = 8 << 20
+	maxArchiveSize   = 16 << 30
+	maxArchiveParts  = 9_500   // leaves room for the last file
 	bandwidthBurst   = 1 << 20 // bytes that --max-bandwidth lets through at once
 	directoryBatch   = 1000    // directory entries read at once
 	oldestPostgreSQL = 13
@@ -86,8 +85,11 @@ const (
 // errWALMissing says that WAL which a backup needs is not in the archive.
 var errWALMissing = errors.New("WAL is missing in the archive")
 
-// errServer says that PostgreSQL cannot be reached, or cannot be backed up as it is.
-var errServer = errors.New("PostgreSQL")
+// errServer is a failure of PostgreSQL; errSetup says that it cannot be backed up as it is set up.
+var (
+	errServer = errors.New("PostgreSQL")
+	errSetup  = errors.New("PostgreSQL cannot be backed up")
+)
 
 // ---------------------------------------------------------------------------
 // A base backup from its beginning to its end
@@ -213,6 +215,11 @@ func (b *baseBackup) run(ctx context.Context) error {
 	log := slog.With("backupID", b.info.ID)
 	log.Info("Starting backup", "backupName", b.info.BackupName, "destination", b.store.URL(b.store.baseKey(b.info.ID, "")),
 		"standby", b.session.inRecovery, "bytes", b.session.size, "jobs", b.jobs, "compression", cmp.Or(b.codec.name, "none"))
+	for _, f := range b.info.IncludedFiles {
+		if !b.inDataDirectory(f) {
+			log.Warn("A configuration file outside the data directory, included from another one, is not in the backup: keep a copy", "path", f)
+		}
+	}
 	if err := b.start(ctx, log); err != nil {
 		return err
 	}
@@ -318,12 +325,23 @@ func (b *baseBackup) undo(ctx context.Context, cause error) {
 	defer cancel()
 	var workers sync.WaitGroup
 	for _, a := range b.archives {
-		workers.Go(func() { a.abort(ctx) })
+		workers.Go(a.abort)
 	}
 	workers.Wait()
 	b.info.Status, b.info.Error, b.info.EndTime = statusFailed, cause.Error(), time.Time{}
 	if err := b.store.WriteBackupInfo(ctx, b.info); err != nil {
-		slog.Warn("The failed backup leaves no backup.info; readers of the catalog ignore it all the same", "backupID", b.info.ID, "error", err)
+		// If only the reply to a DONE was lost, then that backup is whole, and stays so.
+		slog.Warn("The failed backup could not be marked as failed; without a backup.info it is ignored, and its objects may be deleted",
+			"backupID", b.info.ID, "objects", b.store.URL(b.store.baseKey(b.info.ID, "")), "error", err)
+		return
+	}
+	for _, a := range b.archives {
+		if !a.closed {
+			continue
+		}
+		if err := b.store.Delete(ctx, a.key); err != nil {
+			slog.Warn("An archive of a failed backup stays in the bucket; it may be deleted", "object", b.store.URL(a.key), "error", err)
+		}
 	}
 }
 
@@ -498,10 +516,10 @@ func (s *session) inspect(ctx context.Context) error {
 	s.checkpointDuration = time.Duration(seconds * float64(time.Second)).Round(time.Second)
 	s.major = s.version / 10000
 	if s.major < oldestPostgreSQL {
-		return fmt.Errorf("%w %d is too old: this plugin backs up version %d and newer", errServer, s.major, oldestPostgreSQL)
+		return fmt.Errorf("%w: version %d is older than %d", errSetup, s.major, oldestPostgreSQL)
 	}
 	if !s.inRecovery && archiveMode == "off" {
-		return fmt.Errorf("%w does not archive its WAL, without which no backup can be restored: set archive_mode and archive_command", errServer)
+		return fmt.Errorf("%w: archive_mode is off, and without its WAL no backup can be restored: set archive_mode and archive_command", errSetup)
 	}
 	// A tablespace with a relative location (allow_in_place_tablespaces) is an ordinary
 	// directory below pg_tblspc, and is stored as one.
@@ -856,7 +874,7 @@ func (t *tree) findFiles(ctx context.Context, files chan<- file) error {
 				return nil // sockets, pipes, directories
 			}
 			if e.Type() == fs.ModeSymlink {
-				if info, err := os.Stat(filepath.Join(t.root, name)); err == nil && info.IsDir() {
+				if info, err := os.Stat(filepath.Join(t.root, name)); dir == "pg_tblspc" || err == nil && info.IsDir() {
 					return nil // see follows
 				}
 			}
@@ -899,12 +917,18 @@ func (b *baseBackup) trees() ([]*tree, error) {
 
 // externalFiles are the configuration files outside the data directory, which a restored
 // server finds inside it (as with Barman). Files that they include are not stored.
-func (b *baseBackup) externalFiles() []string {
-	outside := func(f string) bool {
-		below, err := filepath.Rel(b.session.dataDirectory, f)
-		return f != "" && (err != nil || !filepath.IsLocal(below))
+func (b *baseBackup) externalFiles() (files []string) {
+	for _, f := range []string{b.info.ConfigFile, b.info.HBAFile, b.info.IdentFile} {
+		if f != "" && !b.inDataDirectory(f) {
+			files = append(files, f)
+		}
 	}
-	return slices.DeleteFunc([]string{b.session.configFile, b.session.hbaFile, b.session.identFile}, func(f string) bool { return !outside(f) })
+	return files
+}
+
+func (b *baseBackup) inDataDirectory(f string) bool {
+	below, err := filepath.Rel(b.info.PGData, f)
+	return err == nil && filepath.IsLocal(below)
 }
 
 // copyFiles stores all trees and returns the data archive of the highest number, which is
@@ -938,7 +962,15 @@ func (b *baseBackup) copyFiles(ctx context.Context) (last *archive, err error) {
 	}
 	buffer := make([]byte, copyBufferSize)
 	for _, f := range b.externalFiles() {
-		if err := b.addFile(last, path.Base(f), f, buffer); err != nil {
+		real, err := filepath.EvalSymlinks(f)
+		if errors.Is(err, fs.ErrNotExist) { // pg_ident.conf may be missing
+			slog.Warn("A configuration file outside the data directory is not in the backup, since this process does not see it", "path", f)
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err := b.addFile(last, path.Base(f), real, buffer); err != nil {
 			return nil, err
 		}
 	}
@@ -1182,14 +1214,15 @@ func controlFileIntact(content []byte) bool {
 // archive is one tar on its way to the bucket: tar, then codec, then upload. Not safe
 // for concurrent use; only its size may be read at any time.
 type archive struct {
-	key      string
-	number   int // within its tree, from 0
-	limit    int64
-	size     atomic.Int64 // bytes, as stored
-	tar      *tar.Writer
-	codec    io.WriteCloser
-	object   *objectWriter
-	complete bool // it is in the bucket
+	key    string
+	tree   string
+	number int          // within its tree, from 0
+	limit  int64        // bytes after which the next file goes into another one
+	size   atomic.Int64 // bytes, as stored
+	tar    *tar.Writer
+	codec  io.WriteCloser
+	object *objectWriter
+	closed bool // it is in the bucket, or may be
 }
 
 // openArchive opens the next archive of a tree: data.tar, data_0001.tar, ... first is
@@ -1198,9 +1231,9 @@ type archive struct {
 func (b *baseBackup) openArchive(ctx context.Context, tree string, first int64) (*archive, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	a := &archive{}
+	a := &archive{tree: tree}
 	for _, other := range b.archives {
-		if strings.HasPrefix(path.Base(other.key), tree+".") || strings.HasPrefix(path.Base(other.key), tree+"_") {
+		if other.tree == tree {
 			a.number++
 		}
 	}
@@ -1265,23 +1298,17 @@ func (a *archive) close() error {
 		err = a.codec.Close()
 	}
 	if err == nil {
+		a.closed = true
 		err = a.object.Close()
-		a.complete = err == nil
 	}
 	return a.failed(err)
 }
 
-// abort removes the archive from the bucket, whether it is complete or on its way. The
+// abort ends the upload of an archive that is not closed and removes its parts. The
 // context of its writer must be over.
-func (a *archive) abort(ctx context.Context) {
-	if a.complete {
-		if err := a.object.store.Delete(ctx, a.key); err != nil {
-			slog.Warn("An archive of a failed backup stays in the bucket; it may be deleted", "object", a.object.store.URL(a.key), "error", err)
-		}
-		return
-	}
+func (a *archive) abort() {
 	// A codec that compresses in goroutines of its own ends them when it is reset.
-	if z, ok := a.codec.(interface{ Reset(io.Writer) }); ok {
+	if z, ok := a.codec.(interface{ Reset(io.Writer) }); ok && !a.closed {
 		z.Reset(io.Discard)
 	}
 	a.object.Abort()
@@ -1445,11 +1472,12 @@ func (s *backupService) updateRecoveryWindow(ctx context.Context, ref StoreRef, 
 
 // backupStatus gives an error of a backup its gRPC code.
 func backupStatus(err error) error {
+	var refused *pgconn.PgError // an answer of the server
 	switch {
 	case errors.Is(err, context.Canceled): // whatever else it broke
 	case errors.Is(err, errParameters):
 		return status.Error(codes.InvalidArgument, err.Error())
-	case errors.Is(err, errBusy), errors.Is(err, errWALMissing):
+	case errors.Is(err, errBusy), errors.Is(err, errWALMissing), errors.Is(err, errSetup), errors.As(err, &refused):
 		return status.Error(codes.FailedPrecondition, err.Error())
 	case errors.Is(err, errServer):
 		return status.Error(codes.Unavailable, err.Error())
