@@ -259,7 +259,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 		return err
 	}
 	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.done.Load(),
-		"bytesStored", b.stored(), "archives", len(b.archives), "seconds", time.Since(b.began).Round(time.Millisecond).Seconds())
+		"bytesStored", b.stored(), "archives", len(b.archives), "seconds", time.Since(b.began).Seconds())
 	return nil
 }
 

@@ -477,8 +477,9 @@ func TestBackupCancelled(t *testing.T) {
 			file := storeFile(t, s, bucket, fmt.Sprintf(`data: {compression: %q, additionalCommandArgs: ["--max-archive-size=1MB", "--min-chunk-size=5MB"]}`, compression))
 			p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, file)})
 			p.pgbenchTables(10)
+			p.Exec("CREATE TABLE noise AS SELECT gen_random_uuid() AS a, gen_random_uuid() AS b FROM generate_series(1, 600000)") // no codec helps
 			store := testStoreFile(t, file, "main")
-			store.data.MaxBandwidth = 4 << 20
+			store.data.MaxBandwidth = 16 << 20
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			failure := make(chan error)
@@ -691,11 +692,12 @@ func TestBackupNamesUnreadableFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer a.abort()
-	// /proc/self/mem has no page at address 0: a read error that no permission prevents.
-	f := &tree{name: "data", root: "/proc/self", top: "."}
-	_ = f
-	err = b.addFile(a, "mem", "/proc/self/mem", make([]byte, 4096))
-	if err != nil && !strings.Contains(err.Error(), "/proc/self/mem") {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(file, "below") // fails for every user, and is not "no such file"
+	if err = b.addFile(a, "below", path, make([]byte, 4096)); err == nil || !strings.Contains(err.Error(), path) {
 		t.Errorf("unreadable file: %v", err)
 	}
 }
