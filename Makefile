@@ -39,7 +39,7 @@ check-manifest:
 # with the rights of an administrator. CustomResourceDefinitions are installed into it.
 test-api: check-manifest
 	@test -n "$(TEST_API_KUBECONFIG)" || { echo "set TEST_API_KUBECONFIG to the kubeconfig of a disposable API server" >&2; exit 1; }
-	KUBECONFIG_API=$(TEST_API_KUBECONFIG) go test -count=1 -run '^TestAPI' .
+	KUBECONFIG_API=$(TEST_API_KUBECONFIG) hack/gotest.sh -count=1 -run '^TestAPI' .
 
 # Archive, back up, drop a table and get it back: on this machine, without Kubernetes.
 demo: build tools

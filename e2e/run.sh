@@ -320,17 +320,16 @@ YAML
 
 missing_store() {
   apply examples/cluster.yaml 's/pg-main/pg-nostore/; s/main-store/no-such-store/'
-  wait_for 90 "word of the missing ObjectStore" told no-such-store
-  say "    $(told no-such-store)"
+  wait_for 90 "Event that tells of the missing ObjectStore" told pg-nostore
+  say "    $(told pg-nostore)"
+  told pg-nostore | grep -q no-such-store || fail "the Event does not name the ObjectStore"
   apply examples/object-stores.yaml 's/main-store/no-such-store/' "$first"
   healthy pg-nostore
   wait_for 60 "working archive" is cluster/pg-nostore "$archiving" True
   k delete cluster pg-nostore >/dev/null
 }
-told() { # told NAME: in an event, in the status of a cluster, or in the plugin's log
-  { k get events -o jsonpath='{.items[*].message}'
-    k get clusters -o jsonpath='{.items[*].status.phaseReason}'
-    kubectl -n "$operator_namespace" logs deploy/barman-cloud --tail=-1; } | grep -E "(error|not found|missing|no such|does not exist|wait).*$1|$1.*(error|not found|missing|no such|does not exist|wait)" | tail -1
+told() { # told CLUSTER: what the Event says that `kubectl describe cluster` shows
+  k get events --field-selector "involvedObject.name=$1,reason=ObjectStoreNotFound" -o jsonpath='{.items[*].message}' | grep .
 }
 
 missing_secret() {
