@@ -22,6 +22,7 @@ import (
 	"iter"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -339,7 +340,7 @@ func ResolveStore(o *ObjectStore, serverName string, secret func(SecretKeySelect
 		return fail("azureCredentials and googleCredentials are not supported: this plugin is S3 only, use an S3-compatible endpoint with s3Credentials")
 	case conf.ServerName != "":
 		return fail("remove configuration.serverName and set the plugin parameter serverName in the Cluster")
-	case serverName == "" || strings.Contains(serverName, "/"):
+	case serverName == "" || serverName == "." || serverName == ".." || strings.Contains(serverName, "/"):
 		return fail("%q is not a server name: set the plugin parameter serverName in the Cluster", serverName)
 	case cred == nil:
 		return fail("no credentials defined: set s3Credentials to accessKeyId and secretAccessKey, or to inheritFromIAMRole")
@@ -379,12 +380,14 @@ func ResolveStore(o *ObjectStore, serverName string, secret func(SecretKeySelect
 }
 
 // splitDestination cuts s3://bucket[/path] into bucket and path without outer slashes.
+// The path is taken literally, as Barman does: %20 in it stays %20 in the keys.
 func splitDestination(destination string) (bucket, prefix string, err error) {
-	u, err := url.Parse(destination)
-	if err != nil || u.Scheme != "s3" || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
+	rest, ok := strings.CutPrefix(destination, "s3://")
+	bucket, prefix, _ = strings.Cut(rest, "/")
+	if !ok || bucket == "" || strings.ContainsAny(rest, "?#") {
 		return "", "", fmt.Errorf("destinationPath %q is not s3://bucket[/path]", destination)
 	}
-	return u.Host, strings.Trim(u.Path, "/"), nil
+	return bucket, strings.Trim(prefix, "/"), nil
 }
 
 // commandArgs are the arguments that users of Barman put into additionalCommandArgs
@@ -494,7 +497,10 @@ func parseSize(s string) (int64, error) {
 	if m[2] == "" {
 		shift = 0
 	}
-	return int64(f * float64(int64(1)<<shift)), nil
+	if f *= float64(int64(1) << shift); f < math.MaxInt64 {
+		return int64(f), nil
+	}
+	return 0, fmt.Errorf("%q is too large", s)
 }
 
 // ---------------------------------------------------------------------------
@@ -791,11 +797,12 @@ func (s *Store) wrap(op, key string, err error) error {
 // The layout of the bucket (FORMAT: the same as Barman's). Keys are made only here.
 // ---------------------------------------------------------------------------
 
-// key joins the path of the destination, the server name and parts. There is never a leading slash.
+// key joins the path of the destination, the server name and parts. There is never a
+// leading slash, and nothing is cleaned: a path such as a//b means those very keys.
 func (s *Store) key(parts ...string) string {
-	k := path.Join(append([]string{s.prefix, s.Config.ServerName}, parts...)...)
-	if len(parts) > 0 && strings.HasSuffix(parts[len(parts)-1], "/") {
-		k += "/"
+	k := strings.Join(append([]string{s.Config.ServerName}, parts...), "/")
+	if s.prefix != "" {
+		k = s.prefix + "/" + k
 	}
 	return k
 }
