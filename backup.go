@@ -201,8 +201,7 @@ func newBaseBackup(s *Store, o backupOptions, session *session, id string) (*bas
 	b.info = &BackupInfo{
 		ID: id, BackupName: o.Name, ServerName: "cloud", Version: session.version, SystemID: session.systemID,
 		PGData: session.dataDirectory, ConfigFile: session.configFile, HBAFile: session.hbaFile, IdentFile: session.identFile,
-		IncludedFiles: session.includedFiles, Tablespaces: session.tablespaces,
-		WALSegmentSize: session.segmentSize, Timeline: session.timeline,
+		IncludedFiles: session.includedFiles, WALSegmentSize: session.segmentSize, Timeline: session.timeline,
 	}
 	return b, nil
 }
@@ -429,7 +428,6 @@ type session struct {
 	timeline                int
 	size                    int64 // bytes, of all tablespaces
 	checkpointDuration      time.Duration
-	tablespaces             []Tablespace
 }
 
 func openSession(ctx context.Context, connection string) (*session, error) {
@@ -521,20 +519,6 @@ func (s *session) inspect(ctx context.Context) error {
 	if !s.inRecovery && archiveMode == "off" {
 		return fmt.Errorf("%w: archive_mode is off, and without its WAL no backup can be restored: set archive_mode and archive_command", errSetup)
 	}
-	// A tablespace with a relative location (allow_in_place_tablespaces) is an ordinary
-	// directory below pg_tblspc, and is stored as one.
-	rows, err = s.query(ctx, `SELECT spcname, oid, pg_tablespace_location(oid) FROM pg_tablespace
-		WHERE pg_tablespace_location(oid) LIKE '/%' ORDER BY spcname`)
-	if err != nil {
-		return err
-	}
-	for _, row := range rows {
-		oid, err := strconv.ParseUint(row[1], 10, 32)
-		if err != nil {
-			return fmt.Errorf("%w: tablespace %s: %w", errServer, row[0], err)
-		}
-		s.tablespaces = append(s.tablespaces, Tablespace{Name: row[0], OID: uint32(oid), Location: row[2]})
-	}
 	rows, err = s.query(ctx, `SELECT DISTINCT sourcefile FROM pg_settings
 		WHERE sourcefile IS NOT NULL AND sourcefile <> current_setting('config_file') ORDER BY 1`)
 	for _, row := range rows {
@@ -543,7 +527,7 @@ func (s *session) inspect(ctx context.Context) error {
 	return err
 }
 
-// startBackup enters backup mode and sets the begin of the backup in info.
+// startBackup enters backup mode and sets the begin of the backup and the tablespaces in info.
 func (s *session) startBackup(ctx context.Context, info *BackupInfo, immediate bool) error {
 	function := "pg_backup_start('%s', %t)"
 	if s.major < 15 {
@@ -555,8 +539,25 @@ func (s *session) startBackup(ctx context.Context, info *BackupInfo, immediate b
 		return fmt.Errorf("start the backup: %w", err)
 	}
 	info.BeginLSN = rows[0][1]
-	info.BeginTime, err = time.Parse(time.RFC3339Nano, rows[0][0])
-	return err
+	if info.BeginTime, err = time.Parse(time.RFC3339Nano, rows[0][0]); err != nil {
+		return err
+	}
+	// Only now: the WAL of the backup makes tablespaces that come later, but not one that
+	// came while the checkpoint was being waited for. One with a relative location
+	// (allow_in_place_tablespaces) is an ordinary directory below pg_tblspc.
+	rows, err = s.query(ctx, `SELECT spcname, oid, pg_tablespace_location(oid) FROM pg_tablespace
+		WHERE pg_tablespace_location(oid) LIKE '/%' ORDER BY spcname`)
+	if err != nil {
+		return fmt.Errorf("list the tablespaces: %w", err)
+	}
+	for _, row := range rows {
+		oid, err := strconv.ParseUint(row[1], 10, 32)
+		if err != nil {
+			return fmt.Errorf("list the tablespaces: %w", err)
+		}
+		info.Tablespaces = append(info.Tablespaces, Tablespace{Name: row[0], OID: uint32(oid), Location: row[2]})
+	}
+	return nil
 }
 
 // sqlTime is the to_char format of RFC 3339 with microseconds, in UTC.
@@ -817,11 +818,11 @@ func (t *tree) findDirectories(name string) error {
 		return err
 	}
 	if s, ok := info.Sys().(*syscall.Stat_t); ok {
-		if id := [2]uint64{uint64(s.Dev), s.Ino}; t.seen[id] {
+		id := [2]uint64{uint64(s.Dev), s.Ino}
+		if t.seen[id] {
 			return nil // through a symbolic link: once is enough
-		} else {
-			t.seen[id] = true
 		}
+		t.seen[id] = true
 	}
 	t.names = append(t.names, name)
 	if t.contentsExcluded(name) {
@@ -1050,7 +1051,7 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 func (b *baseBackup) copyFile(ctx context.Context, t *tree, a **archive, f file, buffer []byte) error {
 	info, err := os.Lstat(f.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil // vanished since it was listed
 	}
 	if err != nil {
 		return err
@@ -1066,7 +1067,10 @@ func (b *baseBackup) copyFile(ctx context.Context, t *tree, a **archive, f file,
 			return err
 		}
 	}
-	return b.addFile(*a, f.name, f.path, buffer)
+	if err := b.addFile(*a, f.name, f.path, buffer); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // addDirectory adds the entry of a directory; that of the data directory itself is "./"
@@ -1089,13 +1093,11 @@ func (b *baseBackup) addDirectory(a *archive, t *tree, name string) error {
 
 // addFile adds a regular file or a symbolic link to an archive. The server goes on
 // writing meanwhile, and the WAL of the backup makes good for what is read in between; but
-// a tar header is written first and its size binds: a file that has vanished is left out,
-// one that shrinks is filled up with zeros, and one that grows is cut.
+// a tar header is written first and its size binds: a file that shrinks is filled up with
+// zeros, and one that grows is cut. fs.ErrNotExist says that there is no such file.
 func (b *baseBackup) addFile(a *archive, name, path string, buffer []byte) error {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
 	case errors.Is(err, unix.ELOOP): // it is a symbolic link
 		return b.addSymlink(a, name, path)
 	case err != nil:
@@ -1136,9 +1138,6 @@ func (b *baseBackup) addFile(a *archive, name, path string, buffer []byte) error
 
 func (b *baseBackup) addSymlink(a *archive, name, path string) error {
 	target, err := os.Readlink(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
 	if err != nil {
 		return err
 	}
