@@ -10,6 +10,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"compress/bzip2"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
@@ -45,8 +46,13 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	s3types "github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/aws/smithy-go"
+	bzip2w "github.com/dsnet/compress/bzip2"
 	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zstd"
 	"github.com/klauspost/pgzip"
+	"github.com/pierrec/lz4/v4"
+	"github.com/ulikunitz/xz"
 	_ "golang.org/x/crypto/x509roots/fallback" // the image has no CA bundle
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
@@ -566,10 +572,13 @@ func OpenStore(ctx context.Context, c StoreConfig) (*Store, error) {
 			return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
 		}
 	}
-	for _, compression := range []string{conf.WAL.Compression, conf.Data.Compression} {
+	for field, compression := range map[string]string{"wal": conf.WAL.Compression, "data": conf.Data.Compression} {
 		if _, err := codecByName(compression); err != nil {
-			return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
+			return nil, fmt.Errorf("ObjectStore %s: %s.compression: %w", c.Name, field, err)
 		}
+	}
+	if conf.Data.Compression == "xz" { // Barman has no such base backups
+		return nil, fmt.Errorf("ObjectStore %s: data.compression: xz is for WAL only: choose bzip2, gzip, lz4, snappy or zstd", c.Name)
 	}
 	if s.client, err = s.newClient(ctx); err != nil {
 		return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
@@ -1451,16 +1460,27 @@ type codec struct {
 	name, suffix string
 	newWriter    func(w io.Writer, level int) (io.WriteCloser, error)
 	newReader    func(r io.Reader) (io.ReadCloser, error)
-	// low, medium and high are what Barman's --compression-level words mean.
+	// low, medium and high are what Barman's --compression-level words mean here: not its
+	// numbers, since other implementations stand behind them, but much the same sizes. On
+	// the WAL of pgbench, medium is within 7 % of the size that Barman's default reaches.
 	low, medium, high int
 }
 
-// codecs are all formats, "none" first.
+// What bounds the memory of the codecs: window and dictionary of what we write, and of
+// what we are ready to read (zstd at its highest level asks for 128 MiB).
+const (
+	zstdWindow    = 1 << 20
+	zstdMaxWindow = 128 << 20
+	xzDictionary  = 4 << 20
+)
+
+// codecs are all formats, "none" first. WAL may have any of them, base backups those
+// that crd.yaml admits.
 var codecs = []*codec{
 	{name: "", suffix: "",
 		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) { return nopWriteCloser{w}, nil },
 		newReader: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(r), nil }},
-	{name: "gzip", suffix: ".gz", low: 1, medium: 6, high: 9,
+	{name: "gzip", suffix: ".gz", low: 1, medium: 5, high: 9,
 		// One member, whose blocks are compressed in parallel: Barman cannot read several (FORMAT section 4).
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			z, err := pgzip.NewWriterLevel(w, level)
@@ -1470,6 +1490,81 @@ var codecs = []*codec{
 			return z, err
 		},
 		newReader: func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) }},
+	{name: "bzip2", suffix: ".bz2", low: 1, medium: 5, high: 9,
+		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
+			return bzip2w.NewWriter(w, &bzip2w.WriterConfig{Level: level})
+		},
+		newReader: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(bzip2.NewReader(r)), nil }},
+	{name: "lz4", suffix: ".lz4", low: 0, medium: 0, high: 9,
+		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
+			if level < 0 || level > 9 {
+				return nil, errors.New("must be 0 to 9")
+			}
+			compression := lz4.Fast
+			if level > 0 {
+				compression = lz4.CompressionLevel(1 << (8 + level)) // lz4.Level1 to lz4.Level9
+			}
+			z := lz4.NewWriter(w)
+			return z, z.Apply(lz4.CompressionLevelOption(compression), lz4.BlockSizeOption(lz4.Block256Kb), lz4.ConcurrencyOption(1))
+		},
+		newReader: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(lz4.NewReader(r)), nil }},
+	{name: "snappy", suffix: ".snappy", // the framing format; it has no levels
+		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) {
+			return s2.NewWriter(w, s2.WriterSnappyCompat(), s2.WriterConcurrency(1)), nil
+		},
+		newReader: func(r io.Reader) (io.ReadCloser, error) {
+			return io.NopCloser(s2.NewReader(r, s2.ReaderMaxBlockSize(64<<10))), nil
+		}},
+	{name: "xz", suffix: ".xz", low: 1, medium: 1, high: 1, // the library has one level
+		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) {
+			return xz.WriterConfig{DictCap: xzDictionary}.NewWriter(w)
+		},
+		newReader: func(r io.Reader) (io.ReadCloser, error) {
+			z, err := xz.NewReader(r)
+			return io.NopCloser(z), err
+		}},
+	{name: "zstd", suffix: ".zst", low: 1, medium: 4, high: 19,
+		newWriter: newZstdWriter,
+		newReader: func(r io.Reader) (io.ReadCloser, error) {
+			z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(zstdMaxWindow))
+			if err != nil {
+				return nil, err
+			}
+			return z.IOReadCloser(), nil
+		}},
+}
+
+// zstdWriter gives its encoder, whose tables are expensive to make, back to the pool.
+type zstdWriter struct {
+	*zstd.Encoder
+	pool *sync.Pool
+}
+
+var zstdEncoders [zstd.SpeedBestCompression + 1]sync.Pool
+
+func newZstdWriter(w io.Writer, level int) (io.WriteCloser, error) {
+	if level < 1 || level > 22 {
+		return nil, errors.New("must be 1 to 22")
+	}
+	speed := zstd.EncoderLevelFromZstd(level)
+	pool := &zstdEncoders[speed]
+	if z, ok := pool.Get().(*zstd.Encoder); ok {
+		z.Reset(w)
+		return &zstdWriter{z, pool}, nil
+	}
+	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(speed), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(zstdWindow), zstd.WithLowerEncoderMem(true))
+	if err != nil {
+		return nil, err
+	}
+	return &zstdWriter{z, pool}, nil
+}
+
+// Close ends the frame. The writer must not be used again.
+func (z *zstdWriter) Close() error {
+	err := z.Encoder.Close()
+	z.Encoder.Reset(nil)
+	z.pool.Put(z.Encoder)
+	return err
 }
 
 type nopWriteCloser struct{ io.Writer }

@@ -8,9 +8,11 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -20,6 +22,7 @@ import (
 	"time"
 
 	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
+	"github.com/golang/snappy"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -232,8 +235,8 @@ func TestArchiveRestore(t *testing.T) {
 			bucket := newBucket(t)
 			s := openTestStore(t, storeFileAt(t, testS3(t), testS3(t).Endpoint, "s3://"+bucket+"/some/path/", "wal: {compression: '"+c.name+"'}"))
 			files := map[string][]byte{
-				seg5:                      segment(seg5, 16*mib, 7, 1),
-				seg6 + ".partial":         segment(seg6, 16*mib, 7, 2),
+				seg5:                      segment(seg5, mib, 7, 1),
+				seg6 + ".partial":         segment(seg6, mib, 7, 2),
 				seg5 + ".00000028.backup": []byte("START WAL LOCATION: 0/5000028 (file 000000010000000000000005)\n"),
 				"00000002.history":        []byte("1\t0/7000000\tno recovery target specified\n"),
 			}
@@ -960,5 +963,89 @@ func TestWALOfARealServer(t *testing.T) {
 	}
 	if want := p.Query("SELECT system_identifier FROM pg_control_system()"); fmt.Sprint(systemIdentifier(p.Dir)) != want {
 		t.Errorf("system identifier %d, not %s", systemIdentifier(p.Dir), want)
+	}
+}
+
+// What we compress, the program of the format's own people decompresses, and the other
+// way round, also when it is made of several members.
+func TestCodecsAgainstTheirPrograms(t *testing.T) {
+	content := segment(seg5, mib, 7, 1)
+	for _, c := range codecs[1:] {
+		if c.name == "snappy" {
+			continue // has no program; see below
+		}
+		t.Run(c.name, func(t *testing.T) {
+			for _, level := range []string{"", "low", "high", "3"} {
+				var stored, got bytes.Buffer
+				z, err := c.compress(&stored, level)
+				if err != nil {
+					t.Fatal(err)
+				}
+				z.Write(content)
+				if err := z.Close(); err != nil {
+					t.Fatal(err)
+				}
+				cmd := exec.Command(c.name, "-dc")
+				cmd.Stdin, cmd.Stdout, cmd.Stderr = &stored, &got, os.Stderr
+				if err := cmd.Run(); err != nil || !bytes.Equal(got.Bytes(), content) {
+					t.Errorf("level %q: %s makes %d bytes of it, %v", level, c.name, got.Len(), err)
+				}
+			}
+			var stored bytes.Buffer
+			for _, part := range [][]byte{content[:1000], content[1000:]} {
+				cmd := exec.Command(c.name, "-c")
+				cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(part), &stored, os.Stderr
+				if err := cmd.Run(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			z, err := c.newReader(&stored)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer z.Close()
+			if got, err := io.ReadAll(z); err != nil || !bytes.Equal(got, content) {
+				t.Errorf("two members of %s: %d bytes, %v", c.name, len(got), err)
+			}
+		})
+	}
+	t.Run("snappy", func(t *testing.T) { // against the library of the format's own people
+		c, err := codecByName("snappy")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var ours, theirs bytes.Buffer
+		z, err := c.compress(&ours, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		z.Write(content)
+		if err := z.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(snappy.NewReader(&ours)); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("it makes %d bytes of ours, %v", len(got), err)
+		}
+		for _, part := range [][]byte{content[:1000], content[1000:]} {
+			w := snappy.NewBufferedWriter(&theirs)
+			w.Write(part)
+			w.Close()
+		}
+		r, err := c.newReader(&theirs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("we make %d bytes of two streams of theirs, %v", len(got), err)
+		}
+	})
+	for level, c := range map[string]string{"x": "gzip", "10": "lz4", "23": "zstd", "99": "gzip"} {
+		codec, err := codecByName(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := codec.compress(io.Discard, level); err == nil || !strings.Contains(err.Error(), "--compression-level") {
+			t.Errorf("%s takes level %q: %v", c, level, err)
+		}
 	}
 }

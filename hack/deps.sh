@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # deps.sh COMMAND... - install the Debian packages that bring these commands, where they
-# are missing: postgres (the server, with pgbench), barman (Barman's cloud programs).
+# are missing: postgres (the server, with pgbench), barman (Barman's cloud programs),
+# codecs (the programs of the compression formats).
 set -euo pipefail
 
 packages=()
@@ -8,6 +9,8 @@ for command in "$@"; do
   case $command in
   postgres)
     compgen -G "${PG_BINDIR:-/usr/lib/postgresql/*/bin}/initdb" >/dev/null || packages+=(postgresql) ;;
+  codecs)
+    for program in bzip2 lz4 xz:xz-utils zstd; do command -v "${program%:*}" >/dev/null || packages+=("${program#*:}"); done ;;
   barman) command -v barman-cloud-backup >/dev/null || packages+=(barman-cli-cloud) ;;
   *) echo "deps.sh: no package is known for $command" >&2; exit 2 ;;
   esac
