@@ -204,7 +204,7 @@ func (g *recoveryGoal) unfit(b *BackupInfo, h timelineHistories) string {
 		at       LSN
 	}{{timelineOf(b.BeginWAL, b.Timeline), begin}, {timelineOf(b.EndWAL, b.Timeline), end}} {
 		if why := h.offLine(target, p.timeline, p.at); why != "" {
-			return why
+			return fmt.Sprintf("%s (a targetTLI of %d would lead on from it)", why, timelineOf(b.EndWAL, b.Timeline))
 		}
 	}
 	switch {
@@ -523,11 +523,10 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 		return fail(err)
 	}
 	defer r.close()
-	err = r.open()
-	if err == nil {
-		jobs := cmp.Or(o.Jobs, s.Config.Configuration.Data.Jobs, defaultJobs)
-		err = r.extractAll(ctx, archives, jobs)
+	if err := r.open(); err != nil {
+		return fail(err)
 	}
+	err = r.extractAll(ctx, archives, max(1, cmp.Or(o.Jobs, s.Config.Configuration.Data.Jobs, defaultJobs)))
 	if err == nil {
 		err = r.finish()
 	}
@@ -562,7 +561,8 @@ type restorer struct {
 type targetDir struct {
 	path     string
 	root     *os.Root
-	leftover bool // it holds what an interrupted restore left
+	mark     *os.File // incompleteFile, locked
+	leftover bool     // it holds what an interrupted restore left
 }
 
 // plan decides which directory each part of the backup goes to, and checks them without
@@ -652,63 +652,89 @@ func (t *targetDir) check() error {
 		return err
 	}
 	entries = slices.DeleteFunc(entries, func(e fs.DirEntry) bool { return e.Name() == "lost+found" })
-	t.leftover = slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == incompleteFile })
-	if t.leftover && fileExists(filepath.Join(t.path, controlFile)) {
-		t.leftover = false
-	}
+	t.leftover = slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == incompleteFile }) &&
+		!fileExists(filepath.Join(t.path, controlFile))
 	if len(entries) > 0 && !t.leftover {
 		return fmt.Errorf("%s: %w (it has %q): restore into a new or empty directory", t.path, errNotEmpty, entries[0].Name())
 	}
 	return nil
 }
 
-// open makes the directories, clears what an interrupted restore left in them, and marks
-// them as incomplete.
+// open makes the directories and claims them for this restore.
 func (r *restorer) open() error {
-	note := fmt.Appendf(nil, "A restore of backup %s began here at %s and has not ended.\nIf none is running, the directory is unusable and can be removed.\n",
+	note := fmt.Sprintf("A restore of backup %s began here at %s and has not ended.\nIf none is running, the directory is unusable and can be removed.\n",
 		r.backup.ID, time.Now().UTC().Format(time.RFC3339))
 	for _, t := range r.targets() {
-		if err := os.MkdirAll(t.path, 0o700); err != nil {
+		if err := os.MkdirAll(t.path, minDirMode); err != nil {
 			return err
 		}
 		var err error
 		if t.root, err = os.OpenRoot(t.path); err != nil {
 			return err
 		}
-		if t.leftover {
-			slog.Info("Removing what an interrupted restore left", "directory", t.path)
-			if err := t.clear(); err != nil {
-				return err
-			}
-		}
-		if err := t.root.WriteFile(incompleteFile, note, 0o600); err != nil {
+		if err := t.claim(note); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// clear removes everything but lost+found, the mark of an interrupted restore last.
+// claim marks a directory as incomplete, holds a lock on the mark against any other
+// restore, and removes what an interrupted one left.
+func (t *targetDir) claim(note string) (err error) {
+	if err := t.check(); err != nil { // again: a tablespace in PGDATA has just been removed with it
+		return err
+	}
+	flags := os.O_WRONLY | os.O_CREATE | os.O_EXCL
+	if t.leftover {
+		flags = os.O_WRONLY
+	}
+	if t.mark, err = t.root.OpenFile(incompleteFile, flags, minFileMode); err != nil {
+		return err
+	}
+	// Only EWOULDBLOCK tells of another holder; not every file system has locks.
+	if errors.Is(unix.Flock(int(t.mark.Fd()), unix.LOCK_EX|unix.LOCK_NB), unix.EWOULDBLOCK) {
+		return fmt.Errorf("%s: %w: another restore is writing to it", t.path, errNotEmpty)
+	}
+	if t.leftover {
+		if err := t.check(); err != nil { // with the lock in hand: the other restore may have ended well
+			return err
+		}
+		slog.Info("Removing what an interrupted restore left", "directory", t.path)
+		if err := t.clear(); err != nil {
+			return err
+		}
+	}
+	if err := t.mark.Truncate(0); err != nil {
+		return err
+	}
+	_, err = t.mark.WriteString(note)
+	return err
+}
+
+// clear removes everything but lost+found and the mark.
 func (t *targetDir) clear() error {
 	entries, err := os.ReadDir(t.path)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() == "lost+found" || e.Name() == incompleteFile {
-			continue
-		}
-		if err := t.root.RemoveAll(e.Name()); err != nil {
-			return err
+		if e.Name() != "lost+found" && e.Name() != incompleteFile {
+			if err := t.root.RemoveAll(e.Name()); err != nil {
+				return err
+			}
 		}
 	}
-	return t.root.Remove(incompleteFile)
+	return nil
 }
 
 func (r *restorer) close() {
 	for _, t := range r.targets() {
 		if t.root != nil {
 			t.root.Close()
+		}
+		if t.mark != nil {
+			t.mark.Close() // which gives the lock up
 		}
 	}
 }
@@ -938,16 +964,13 @@ func (r *restorer) file(t *targetDir, a dataArchive, name string, mode fs.FileMo
 	return err
 }
 
-// write creates a file, and its directory if need be. It does not touch one that exists.
+// write creates a file. It does not touch one that exists.
 func (t *targetDir) write(name string, mode fs.FileMode, content io.Reader, buffer []byte) (err error) {
-	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL
-	f, err := t.root.OpenFile(name, flags, mode)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := t.root.MkdirAll(path.Dir(name), minDirMode); err != nil {
-			return err
-		}
-		f, err = t.root.OpenFile(name, flags, mode)
-	}
+	var f *os.File
+	err = t.withParent(name, func() (err error) {
+		f, err = t.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -963,12 +986,7 @@ func (t *targetDir) write(name string, mode fs.FileMode, content io.Reader, buff
 
 // directory makes a directory, or gives one that is there its mode.
 func (t *targetDir) directory(name string, mode fs.FileMode) error {
-	err := t.root.Mkdir(name, mode)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err = t.root.MkdirAll(path.Dir(name), minDirMode); err == nil {
-			err = t.root.Mkdir(name, mode)
-		}
-	}
+	err := t.withParent(name, func() error { return t.root.Mkdir(name, mode) })
 	if !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -977,28 +995,35 @@ func (t *targetDir) directory(name string, mode fs.FileMode) error {
 		return err
 	}
 	if !info.IsDir() {
-		return fmt.Errorf("%w: it is a directory here and %s elsewhere in the backup", errDamaged, info.Mode().Type())
+		return fmt.Errorf("%w: something else has the same name", errDamaged)
 	}
 	return t.root.Chmod(name, mode)
 }
 
 // replace makes a link in place of what an earlier entry of this name has left.
 func (t *targetDir) replace(name string, link func() error) error {
-	err := link()
-	if errors.Is(err, fs.ErrNotExist) {
-		if mkdirErr := t.root.MkdirAll(path.Dir(name), minDirMode); mkdirErr != nil {
-			return mkdirErr
-		}
-		err = link()
+	err := t.withParent(name, link)
+	if !errors.Is(err, fs.ErrExist) {
+		return err
 	}
-	if errors.Is(err, fs.ErrExist) {
-		if info, statErr := t.root.Lstat(name); statErr != nil || info.IsDir() {
+	if info, statErr := t.root.Lstat(name); statErr != nil || info.IsDir() {
+		return err
+	}
+	if err := t.root.Remove(name); err != nil {
+		return err
+	}
+	return link()
+}
+
+// withParent makes something, and if need be the directory that it is to be in: one of
+// several archives may come before the one that has the directories.
+func (t *targetDir) withParent(name string, do func() error) error {
+	err := do()
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := t.root.MkdirAll(path.Dir(name), minDirMode); err != nil {
 			return err
 		}
-		if err := t.root.Remove(name); err != nil {
-			return err
-		}
-		err = link()
+		err = do()
 	}
 	return err
 }

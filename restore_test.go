@@ -827,6 +827,10 @@ func TestRestoreInterrupted(t *testing.T) {
 		info, err := os.Stat(pgdata + "/base/1")
 		return err == nil && info.Size() > 100_000 && proxy.hits(stall) == 1
 	})
+	// while it runs, no other restore takes the directory for its own
+	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata}); !errors.Is(err, errNotEmpty) || !strings.Contains(err.Error(), "another restore") {
+		t.Errorf("a second restore: %v", err)
+	}
 	cancel()
 	err := <-result
 	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), pgdata) {
