@@ -285,7 +285,7 @@ func runWALRestore(ctx context.Context, args []string) error {
 	s, err := store.open(ctx)
 	if err == nil {
 		pgdata := filepath.Dir(filepath.Dir(fs.Arg(1))) // DESTINATION is pg_wal/RECOVERYXLOG
-		err = restoreWAL(ctx, func() (*Store, error) { return s, nil }, fs.Arg(0), fs.Arg(1), restoreWALOptions{SystemID: systemIdentifier(pgdata), Patience: *patience})
+		err = restoreWAL(ctx, s, fs.Arg(0), fs.Arg(1), restoreWALOptions{SystemID: systemIdentifier(pgdata), Patience: *patience})
 	}
 	if err != nil && !errors.Is(err, errNotFound) {
 		slog.Error("wal-restore failed", "error", err)

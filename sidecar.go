@@ -54,12 +54,16 @@ const pluginSocket = "/plugins/" + PluginName
 // native sidecar after PostgreSQL, within what is left of the Pod's grace period.
 const stopGrace = 25 * time.Second
 
+// drainGrace is how long, after that, WAL files that PostgreSQL has left behind may take.
+const drainGrace = time.Minute
+
 // runSidecar is the subcommand `sidecar`. It returns nil when ctx ends.
 func runSidecar(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("sidecar", flag.ContinueOnError)
 	logFlags(fs)
 	socket := fs.String("socket", pluginSocket, "serve CNPG-I on this unix `socket`")
 	pgdata := fs.String("pgdata", os.Getenv("PGDATA"), "the data `directory` of PostgreSQL (default: $PGDATA)")
+	spool := fs.String("spool", os.Getenv("SPOOL_DIRECTORY"), "keep prefetched WAL in this `directory` (default: $SPOOL_DIRECTORY; none: no prefetch)")
 	manifests := fs.String("objectstore", "", "read ObjectStores and their Secrets from this YAML `file` instead of from Kubernetes")
 	if err := parseFlags(fs, args, 0); err != nil {
 		return err
@@ -85,12 +89,28 @@ func runSidecar(ctx context.Context, args []string) error {
 		}
 		source = kube
 	}
-	return serveSidecar(ctx, *socket, *pgdata, os.Getenv("POD_NAME"), source)
+	life, end := context.WithCancel(context.Background()) // longer than ctx: work in flight gets done
+	defer end()
+	walFiles, err := newWALService(life, source, os.Getenv("POD_NAME"), *pgdata, *spool)
+	if err != nil {
+		return err
+	}
+	if err := serveSidecar(ctx, *socket, walFiles); err != nil {
+		return err
+	}
+	drain, cancel := context.WithTimeout(life, drainGrace)
+	defer cancel()
+	walFiles.archiver.drain(drain)
+	end()
+	walFiles.wait()
+	slog.Info("Stopped")
+	return nil
 }
 
 // serveSidecar answers CNPG-I requests on a unix socket until ctx ends. Then backups are
 // cancelled (they clean up and record that they failed), and WAL files in flight may finish.
-func serveSidecar(ctx context.Context, socket, pgdata, instance string, source configSource) error {
+func serveSidecar(ctx context.Context, socket string, walFiles *walService) error {
+	source, instance, pgdata := walFiles.source, walFiles.instance, walFiles.pgdata
 	// A socket left behind by a killed predecessor would refuse connections for ever.
 	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the stale socket: %w", err)
@@ -101,7 +121,7 @@ func serveSidecar(ctx context.Context, socket, pgdata, instance string, source c
 	}
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(logRequests, recoverPanics, cancelBackups(ctx)))
 	identity.RegisterIdentityServer(server, &sidecarIdentity{})
-	wal.RegisterWALServer(server, &walService{source: source, instance: instance, pgdata: pgdata})
+	wal.RegisterWALServer(server, walFiles)
 	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance, pgdata: pgdata})
 	restorejob.RegisterRestoreJobHooksServer(server, &restoreJobService{source: source, pgdata: pgdata})
 	metrics.RegisterMetricsServer(server, &metricsService{source: source})
@@ -120,7 +140,6 @@ func serveSidecar(ctx context.Context, socket, pgdata, instance string, source c
 		return fmt.Errorf("serve %s: %w", socket, err)
 	}
 	<-stopped
-	slog.Info("Stopped")
 	return nil
 }
 

@@ -481,7 +481,7 @@ func TestAPISidecarConfiguration(t *testing.T) {
 		t.Fatal(err)
 	}
 	ref := StoreRef{"store-a", "main"}
-	w := &walService{source: source, instance: "main-1", pgdata: testDir(t)}
+	w := testWALService(t, source, "main-1", testDir(t))
 	definition := []byte(strings.Replace(mainCluster, `"store"`, `"store-a"`, 1))
 	archive := func(name string) error {
 		_, err := w.Archive(t.Context(), &wal.WALArchiveRequest{ClusterDefinition: definition, SourceFileName: writeWAL(t, name, segment(name, mib, 7, 1))})

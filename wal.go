@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
@@ -480,6 +481,188 @@ func explainDifference(name walName, stored []byte, f *os.File) string {
 	return "Two clusters with the same origin write to the same place. " + cure
 }
 
+// ---------------------------------------------------------------------------
+// Archive look-ahead
+// ---------------------------------------------------------------------------
+
+// archiver archives WAL files one after the other, as PostgreSQL asks for it, and
+// meanwhile stores the next ones that wait (maxParallel files in flight in all). One that
+// was stored ahead answers at once when its turn comes; if storing it ahead failed, it is
+// simply archived then, and nobody else hears of it.
+//
+// What was stored ahead is known in memory only: after a restart a file is sent again
+// and found to be there.
+type archiver struct {
+	life context.Context // of the uploads in the background
+
+	mu      sync.Mutex
+	workers sync.WaitGroup
+	uploads map[aheadKey]*aheadUpload
+	last    *Store // of the last success, for drain
+	wals    string // its pg_wal
+}
+
+// aheadKey names a file at its destination, so that another store never acknowledges
+// what it does not hold.
+type aheadKey struct{ destination, name string }
+
+// aheadUpload is a file that is being, or has been, stored ahead of its turn.
+type aheadUpload struct {
+	file fs.FileInfo
+	done chan struct{}
+	err  error // once done is closed
+}
+
+func newArchiver(life context.Context) *archiver {
+	return &archiver{life: life, uploads: map[aheadKey]*aheadUpload{}}
+}
+
+// archive stores the WAL file at path as archiveWAL does.
+func (a *archiver) archive(ctx context.Context, s *Store, path string) error {
+	key := aheadKey{s.walDestination(), filepath.Base(path)}
+	a.mu.Lock()
+	u := a.uploads[key]
+	delete(a.uploads, key)
+	a.mu.Unlock()
+	a.lookAhead(s, path)
+	if u != nil {
+		select {
+		case <-u.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if info, err := os.Stat(path); err == nil && u.err == nil && sameFile(info, u.file) {
+			a.remember(s, path)
+			return nil
+		}
+	}
+	if err := archiveWAL(ctx, s, path); err != nil {
+		return err
+	}
+	a.remember(s, path)
+	return nil
+}
+
+func (a *archiver) remember(s *Store, path string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.last, a.wals = s, filepath.Dir(path)
+}
+
+func sameFile(a, b fs.FileInfo) bool {
+	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
+}
+
+// walDestination identifies the place where the store's WAL goes.
+func (s *Store) walDestination() string {
+	return s.Config.Configuration.EndpointURL + " " + s.URL(s.key("wals/"))
+}
+
+// waiting lists the WAL files in a pg_wal that PostgreSQL has marked as ready to be
+// archived, in the order in which it archives them. The last, partial segment of a
+// timeline is left out: it may still be replaced.
+func waitingWAL(pgWAL string) ([]string, error) {
+	d, err := os.Open(filepath.Join(pgWAL, "archive_status"))
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	entries, err := d.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, e := range entries {
+		name, ready := strings.CutSuffix(e, ".ready")
+		if !ready {
+			continue
+		}
+		if w, err := parseWALName(name); err == nil && w.Kind != walPartial {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// lookAhead starts to store files that wait behind the one at path.
+func (a *archiver) lookAhead(s *Store, path string) {
+	ahead := s.Config.Configuration.WAL.MaxParallel - 1
+	if ahead < 1 || a.life.Err() != nil {
+		return
+	}
+	pgWAL := filepath.Dir(path)
+	names, err := waitingWAL(pgWAL)
+	if err != nil {
+		slog.Debug("No look-ahead", "error", err) // not in a data directory: the file itself will do
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	destination := s.walDestination()
+	flying := 0
+	for key, u := range a.uploads {
+		select {
+		case <-u.done:
+			// PostgreSQL has lost interest in it, or the store was switched
+			if key.destination != destination || !slices.Contains(names, key.name) {
+				delete(a.uploads, key)
+			}
+		default:
+			flying++
+		}
+	}
+	for _, name := range names {
+		key := aheadKey{destination, name}
+		// What is stored and not yet asked for is bounded too, lest a slow archiver be outrun without end.
+		if flying >= ahead || len(a.uploads) >= 4*ahead {
+			return
+		}
+		if a.uploads[key] != nil || name == filepath.Base(path) {
+			continue
+		}
+		file := filepath.Join(pgWAL, name)
+		info, err := os.Stat(file)
+		if err != nil {
+			continue // archived and removed in between
+		}
+		u := &aheadUpload{file: info, done: make(chan struct{})}
+		a.uploads[key] = u
+		flying++
+		a.workers.Go(func() {
+			defer close(u.done)
+			if u.err = archiveWAL(a.life, s, file); u.err != nil && a.life.Err() == nil {
+				slog.Info("A WAL file could not be stored ahead of its turn; it will be tried again when PostgreSQL asks for it",
+					"walName", name, "error", u.err)
+			}
+		})
+	}
+}
+
+// drain stores what still waits to be archived when PostgreSQL has stopped, so that an
+// archive has no gap while a cluster is hibernated. Only an instance that has archived
+// before does so: it was the primary, and knows its store. PostgreSQL finds the files
+// in the archive when it comes back.
+func (a *archiver) drain(ctx context.Context) {
+	a.mu.Lock()
+	s, pgWAL := a.last, a.wals
+	a.mu.Unlock()
+	if s == nil {
+		return
+	}
+	names, err := waitingWAL(pgWAL)
+	if err != nil {
+		slog.Warn("Cannot see whether WAL files wait to be archived", "error", err)
+		return
+	}
+	for i, name := range names {
+		if err := archiveWAL(ctx, s, filepath.Join(pgWAL, name)); err != nil {
+			slog.Error("WAL files stay behind in pg_wal; they are archived when the instance is back", "files", len(names)-i, "first", name, "error", err)
+			return
+		}
+	}
+}
+
 // errArchiveNotEmpty is what the empty-archive check says. Barman's words come first since alerts look for them.
 var errArchiveNotEmpty = errors.New("Expected empty archive")
 
@@ -557,26 +740,30 @@ const maxRetryPause = 10 * time.Second
 
 // restoreWAL fetches a WAL file to the path destination, which appears complete and
 // checked or not at all. errNotFound means that the archive does not have it.
-//
-// open opens the store; its failures are retried too, since PostgreSQL cannot tell them apart either.
-func restoreWAL(ctx context.Context, open func() (*Store, error), file, destination string, o restoreWALOptions) error {
+func restoreWAL(ctx context.Context, s *Store, file, destination string, o restoreWALOptions) error {
 	name, err := parseWALName(file)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", file, err)
 	}
+	return patiently(ctx, file, o.Patience, func() error {
+		_, err := fetchWAL(ctx, s, name, destination, o.SystemID, s.walRestore.NoPartial)
+		return err
+	})
+}
+
+// patiently runs attempts to restore a WAL file until one succeeds, says errNotFound or
+// errEndOfWAL, or fails for longer than the patience.
+func patiently(ctx context.Context, file string, patience time.Duration, fetch func() error) error {
 	begin := time.Now()
 	for attempt := 1; ; attempt++ {
-		s, err := open()
-		if err == nil {
-			err = fetchWAL(ctx, s, name, destination, o.SystemID)
-		}
+		err := fetch()
 		if err == nil {
 			return nil
 		}
 		err = fmt.Errorf("restore %s: %w", file, err)
-		hold := errors.Is(err, errTransient) || o.Patience == forever
+		hold := errors.Is(err, errTransient) || patience == forever
 		pause := min(2*backoff(attempt), maxRetryPause)
-		if errors.Is(err, errNotFound) || !hold || ctx.Err() != nil || time.Since(begin)+pause > o.Patience {
+		if errors.Is(err, errNotFound) || errors.Is(err, errEndOfWAL) || !hold || ctx.Err() != nil || time.Since(begin)+pause > patience {
 			return err
 		}
 		slog.Warn("Could not restore a WAL file, trying again: PostgreSQL would take the failure for the end of the archive",
@@ -587,12 +774,13 @@ func restoreWAL(ctx context.Context, open func() (*Store, error), file, destinat
 	}
 }
 
-// fetchWAL tries every stored form of a WAL file, the best one first.
-func fetchWAL(ctx context.Context, s *Store, name walName, destination string, systemID uint64) error {
+// fetchWAL tries every stored form of a WAL file, the best one first, and returns the
+// size of the file.
+func fetchWAL(ctx context.Context, s *Store, name walName, destination string, systemID uint64, noPartial bool) (int64, error) {
 	start := time.Now()
 	objects, err := walObjects(ctx, s, name.Name)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	// The segment itself before its .partial, and of several .partial the newest.
 	slices.SortStableFunc(objects, func(a, b walObject) int {
@@ -601,36 +789,36 @@ func fetchWAL(ctx context.Context, s *Store, name walName, destination string, s
 		}
 		return b.Modified.Compare(a.Modified)
 	})
-	if s.walRestore.NoPartial {
+	if noPartial {
 		objects = slices.DeleteFunc(objects, func(o walObject) bool { return o.Name != name.Name })
 	}
 	var damaged []error
 	for _, o := range objects {
-		err := fetchWALObject(ctx, s, o, name, destination, systemID)
+		size, err := fetchWALObject(ctx, s, o, name, destination, systemID)
 		switch {
 		case err == nil:
 			slog.Info("Restored WAL file", "walName", name.Name, "object", s.URL(o.Key), "seconds", time.Since(start).Seconds())
-			return nil
+			return size, nil
 		case errors.Is(err, errDamaged):
 			damaged = append(damaged, err)
 		case errors.Is(err, errNotFound): // deleted since the listing
 		default:
-			return err
+			return 0, err
 		}
 	}
 	if len(damaged) > 0 {
-		return errors.Join(damaged...)
+		return 0, errors.Join(damaged...)
 	}
-	return fmt.Errorf("%w: wal %q not found at %s", errNotFound, name.Name, s.URL(s.walPrefix(name.Name)))
+	return 0, fmt.Errorf("%w: wal %q not found at %s", errNotFound, name.Name, s.URL(s.walPrefix(name.Name)))
 }
 
 // fetchWALObject fetches one stored form to a temporary file, judges it, and renames it.
 // The file is not synced: PostgreSQL does that itself when it keeps a restored segment
 // (durable_rename in KeepFileRestoredFromArchive).
-func fetchWALObject(ctx context.Context, s *Store, o walObject, name walName, destination string, systemID uint64) (err error) {
+func fetchWALObject(ctx context.Context, s *Store, o walObject, name walName, destination string, systemID uint64) (_ int64, err error) {
 	f, err := os.CreateTemp(filepath.Dir(destination), ".cnpg-"+name.Name+"-*")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer func() {
 		if f.Close(); err != nil {
@@ -640,17 +828,17 @@ func fetchWALObject(ctx context.Context, s *Store, o walObject, name walName, de
 	var header [walLongHeaderSize]byte
 	counter := &countWriter{}
 	if err := readWAL(ctx, s, o, io.MultiWriter(f, counter, &headWriter{header[:0]})); err != nil {
-		return err
+		return 0, err
 	}
 	if name.Kind == walSegment {
 		if err := checkSegment(name, header[:], counter.n, systemID); err != nil {
-			return fmt.Errorf("%s: %w", s.URL(o.Key), err)
+			return 0, fmt.Errorf("%s: %w", s.URL(o.Key), err)
 		}
 	}
 	if err := f.Close(); err != nil {
-		return err
+		return 0, err
 	}
-	return os.Rename(f.Name(), destination)
+	return counter.n, os.Rename(f.Name(), destination)
 }
 
 type countWriter struct{ n int64 }
@@ -697,6 +885,255 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) error {
 }
 
 // ---------------------------------------------------------------------------
+// Restore prefetch
+// ---------------------------------------------------------------------------
+
+const (
+	// missingLife is how long a WAL file that was not there is taken to be missing still.
+	missingLife = time.Second
+	// streamEndLife is how long the end that a prefetch has found stands for standbys
+	// that can stream: the next request for it is answered without asking the store.
+	streamEndLife = 5 * time.Second
+	// prefetchIdle is when files that nobody has asked for are given up.
+	prefetchIdle = time.Minute
+)
+
+// errEndOfWAL says that a standby should stream now.
+var errEndOfWAL = errors.New("end of WAL reached")
+
+// prefetcher fetches the segments that follow the one that was asked for, in the
+// background and all the time, so that replay does not wait for the store. A segment is
+// never fetched twice: a request for one in flight waits for it. All its state is in
+// memory but the segments themselves, which lie in a spool directory of its own.
+type prefetcher struct {
+	life  context.Context
+	spool string // "" switches prefetching off
+
+	mu      sync.Mutex
+	workers sync.WaitGroup
+	source  string // the destination that all state is about
+	entries map[string]*prefetched
+	missing string // the first segment that was not there
+	ahead   bool   // a prefetch found that, not a request
+	since   time.Time
+	idle    *time.Timer
+}
+
+// prefetched is a segment in the spool, or on its way there.
+type prefetched struct {
+	path   string
+	cancel context.CancelFunc
+	done   chan struct{}
+	err    error // once done is closed
+}
+
+// newPrefetcher empties the spool of an earlier life.
+func newPrefetcher(life context.Context, spool string) (*prefetcher, error) {
+	p := &prefetcher{life: life, entries: map[string]*prefetched{}}
+	if spool == "" {
+		return p, nil
+	}
+	p.spool = filepath.Join(spool, "prefetch")
+	if err := os.RemoveAll(p.spool); err != nil {
+		return nil, fmt.Errorf("empty the spool: %w", err)
+	}
+	if err := os.MkdirAll(p.spool, 0o700); err != nil {
+		return nil, fmt.Errorf("make the spool: %w", err)
+	}
+	return p, nil
+}
+
+// take moves a prefetched segment to its destination, waiting for it if it is on its
+// way; false means that the caller has to fetch it.
+func (p *prefetcher) take(ctx context.Context, s *Store, name, destination string) bool {
+	p.mu.Lock()
+	e := p.entries[name]
+	if p.source != s.walDestination() {
+		e = nil
+	}
+	if e == nil {
+		p.mu.Unlock()
+		return false
+	}
+	delete(p.entries, name)
+	p.mu.Unlock()
+	select {
+	case <-e.done:
+	case <-ctx.Done():
+		p.discard(e)
+		return false
+	}
+	if e.err != nil {
+		return false
+	}
+	defer os.Remove(e.path)
+	if err := moveFile(e.path, destination); err != nil {
+		slog.Warn("A prefetched WAL file could not be used and is fetched again", "walName", name, "error", err)
+		return false
+	}
+	slog.Info("Restored WAL file", "walName", name, "prefetched", true)
+	return true
+}
+
+// moveFile renames a file, or copies it when the destination is on another volume. The
+// destination appears complete or not at all.
+func moveFile(from, to string) (err error) {
+	if err := os.Rename(from, to); !errors.Is(err, unix.EXDEV) {
+		return err
+	}
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.CreateTemp(filepath.Dir(to), ".cnpg-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(out.Name())
+		}
+	}()
+	_, err = io.Copy(out, in)
+	if closeErr := out.Close(); err == nil {
+		err = closeErr
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(out.Name(), to)
+}
+
+// known says, without a request, what the last answers of the store imply for a WAL
+// file: errNotFound, errEndOfWAL if the caller can stream instead, or nil for "ask".
+func (p *prefetcher) known(s *Store, name string, canStream bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if name != p.missing || p.source != s.walDestination() {
+		return nil
+	}
+	age := time.Since(p.since)
+	switch {
+	case p.ahead && canStream && age < streamEndLife:
+		p.missing = "" // the request after this one asks the store again
+		return fmt.Errorf("%w: %s was not in the archive %s ago", errEndOfWAL, name, age.Round(time.Millisecond))
+	case age < missingLife:
+		return fmt.Errorf("%w: wal %q not found at %s %s ago", errNotFound, name, s.URL(s.walPrefix(name)), age.Round(time.Millisecond))
+	}
+	return nil
+}
+
+// notFound notes that a WAL file is not there.
+func (p *prefetcher) notFound(s *Store, name string, ahead bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !ahead {
+		p.source = s.walDestination()
+	}
+	p.missing, p.ahead, p.since = name, ahead, time.Now()
+}
+
+// follow starts to fetch what comes after a segment of that size, up to maxParallel
+// segments in all, and gives up everything else.
+func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64) {
+	n := s.Config.Configuration.WAL.MaxParallel
+	if p.spool == "" || n < 2 || name.Kind != walSegment || !validSegmentSize(size) || p.life.Err() != nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.idle == nil {
+		p.idle = time.AfterFunc(prefetchIdle, p.reset)
+	} else {
+		p.idle.Reset(prefetchIdle)
+	}
+	wanted := map[string]bool{}
+	var order []string
+	for i := range uint64(n - 1) {
+		next := segmentName(name.Timeline, name.number(size)+1+i, size)
+		wanted[next] = true
+		order = append(order, next)
+	}
+	if p.source != s.walDestination() {
+		p.source, p.missing = s.walDestination(), ""
+		clear(wanted)
+	}
+	for next, e := range p.entries {
+		if !wanted[next] {
+			delete(p.entries, next)
+			p.discard(e)
+		}
+	}
+	for _, next := range order {
+		if next == p.missing && time.Since(p.since) < streamEndLife {
+			return // there is nothing behind the end
+		}
+		if p.entries[next] != nil {
+			continue
+		}
+		ctx, cancel := context.WithCancel(p.life)
+		e := &prefetched{path: filepath.Join(p.spool, next), cancel: cancel, done: make(chan struct{})}
+		p.entries[next] = e
+		p.workers.Go(func() {
+			defer close(e.done)
+			defer cancel()
+			w, _ := parseWALName(next) // it was made by segmentName
+			_, e.err = fetchWAL(ctx, s, w, e.path, systemID, true)
+			switch {
+			case e.err == nil || ctx.Err() != nil:
+				return
+			case errors.Is(e.err, errNotFound):
+				p.end(s, next)
+			default:
+				slog.Debug("A WAL file could not be prefetched", "walName", next, "error", e.err)
+			}
+			p.forget(next, e)
+		})
+	}
+}
+
+// end notes the end of the archive that a prefetch has found: the first missing segment counts.
+func (p *prefetcher) end(s *Store, name string) {
+	p.mu.Lock()
+	earlier := p.missing != "" && p.ahead && p.missing < name && time.Since(p.since) < streamEndLife
+	current := p.source == s.walDestination()
+	p.mu.Unlock()
+	if current && !earlier {
+		p.notFound(s, name, true)
+	}
+}
+
+// forget takes a failed entry out, so that a request for it asks the store.
+func (p *prefetcher) forget(name string, e *prefetched) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.entries[name] == e {
+		delete(p.entries, name)
+	}
+}
+
+// discard ends a fetch that nobody waits for and removes what it has fetched.
+func (p *prefetcher) discard(e *prefetched) {
+	e.cancel()
+	p.workers.Go(func() {
+		<-e.done
+		os.Remove(e.path)
+	})
+}
+
+// reset gives up everything that was prefetched and forgets the end of the archive.
+func (p *prefetcher) reset() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, e := range p.entries {
+		delete(p.entries, name)
+		p.discard(e)
+	}
+	p.missing = ""
+}
+
+// ---------------------------------------------------------------------------
 // The CNPG-I WAL service
 // ---------------------------------------------------------------------------
 
@@ -720,6 +1157,25 @@ type walService struct {
 	source   configSource
 	instance string // the name of this Pod
 	pgdata   string
+	archiver *archiver
+	prefetch *prefetcher
+}
+
+// newWALService makes the service; its background work ends with life. spool is a
+// directory for prefetched segments, "" for none.
+func newWALService(life context.Context, source configSource, instance, pgdata, spool string) (*walService, error) {
+	prefetch, err := newPrefetcher(life, spool)
+	if err != nil {
+		return nil, err
+	}
+	return &walService{source: source, instance: instance, pgdata: pgdata, archiver: newArchiver(life), prefetch: prefetch}, nil
+}
+
+// wait returns when the background work has ended.
+func (w *walService) wait() {
+	w.archiver.workers.Wait()
+	w.prefetch.reset()
+	w.prefetch.workers.Wait()
 }
 
 var walCapabilities = &wal.WALCapabilitiesResult{Capabilities: []*wal.WALCapability{
@@ -758,7 +1214,7 @@ func (w *walService) Archive(ctx context.Context, r *wal.WALArchiveRequest) (*wa
 			return nil, grpcError(fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err))
 		}
 	}
-	if err := archiveWAL(ctx, s, r.SourceFileName); err != nil {
+	if err := w.archiver.archive(ctx, s, r.SourceFileName); err != nil {
 		return nil, grpcError(err)
 	}
 	// The next segment may come before the instance manager removes the marker, and
@@ -784,16 +1240,53 @@ func (w *walService) Restore(ctx context.Context, r *wal.WALRestoreRequest) (*wa
 	if ref == nil {
 		return nil, status.Errorf(codes.NotFound, "wal %q not found: Cluster %s names no object store to read it from", r.SourceWalName, cluster.Name)
 	}
-	o := restoreWALOptions{SystemID: systemIdentifier(w.pgdata), Patience: restorePatience}
-	switch {
-	case r.Mode == wal.WALRestoreRequest_MODE_REWIND:
-	case cluster.Status.CurrentPrimary == "":
-		o.Patience = forever // a new cluster would open with what it has got so far
-	case streamingAvailable(cluster, w.instance):
-		o.Patience = streamingPatience
+	name, err := parseWALName(r.SourceWalName)
+	if err != nil {
+		return nil, grpcError(fmt.Errorf("restore %s: %w", r.SourceWalName, err))
 	}
-	open := func() (*Store, error) { return w.source.Store(ctx, *ref) }
-	if err := restoreWAL(ctx, open, r.SourceWalName, r.DestinationFileName, o); err != nil {
+	canStream, patience, rewind := streamingAvailable(cluster, w.instance), restorePatience, r.Mode == wal.WALRestoreRequest_MODE_REWIND
+	switch {
+	case rewind:
+	case cluster.Status.CurrentPrimary == "":
+		patience = forever // a new cluster would open with what it has got so far
+	case canStream:
+		patience = streamingPatience
+	}
+	systemID := systemIdentifier(w.pgdata)
+	err = patiently(ctx, name.Name, patience, func() error {
+		s, err := w.source.Store(ctx, *ref)
+		if err != nil {
+			return err
+		}
+		if rewind { // goes backwards, and must see what is there now
+			taken := w.prefetch.take(ctx, s, name.Name, r.DestinationFileName)
+			w.prefetch.reset()
+			if taken {
+				return nil
+			}
+			_, err := fetchWAL(ctx, s, name, r.DestinationFileName, systemID, s.walRestore.NoPartial)
+			return err
+		}
+		if w.prefetch.take(ctx, s, name.Name, r.DestinationFileName) {
+			info, err := os.Stat(r.DestinationFileName)
+			if err == nil {
+				w.prefetch.follow(s, name, info.Size(), systemID)
+			}
+			return err
+		}
+		if err := w.prefetch.known(s, name.Name, canStream); err != nil {
+			return err
+		}
+		size, err := fetchWAL(ctx, s, name, r.DestinationFileName, systemID, s.walRestore.NoPartial)
+		switch {
+		case err == nil:
+			w.prefetch.follow(s, name, size, systemID)
+		case errors.Is(err, errNotFound):
+			w.prefetch.notFound(s, name.Name, false)
+		}
+		return err
+	})
+	if err != nil {
 		return nil, grpcError(err)
 	}
 	return &wal.WALRestoreResult{}, nil
@@ -845,6 +1338,8 @@ func grpcError(err error) error {
 		code = codes.Canceled
 	case errors.Is(err, errWALName):
 		code = codes.InvalidArgument
+	case errors.Is(err, errEndOfWAL):
+		code = codes.OutOfRange
 	case errors.Is(err, errForbidden), errors.Is(err, errNoObject), errors.Is(err, errNoBucket),
 		errors.Is(err, errArchiveNotEmpty), errors.Is(err, errDifferent):
 		code = codes.FailedPrecondition

@@ -96,7 +96,7 @@ func fetch(t testing.TB, s *Store, name string) ([]byte, error) {
 func fetchWith(t testing.TB, s *Store, name string, o restoreWALOptions) ([]byte, error) {
 	t.Helper()
 	dir := testDir(t)
-	err := restoreWAL(t.Context(), func() (*Store, error) { return s, nil }, name, filepath.Join(dir, "RECOVERYXLOG"), o)
+	err := restoreWAL(t.Context(), s, name, filepath.Join(dir, "RECOVERYXLOG"), o)
 	files, readErr := os.ReadDir(dir)
 	if readErr != nil {
 		t.Fatal(readErr)
@@ -796,6 +796,18 @@ func TestRestoreStoreChoice(t *testing.T) {
 	}
 }
 
+// testWALService makes the service with a spool of its own, and ends its background work with the test.
+func testWALService(t testing.TB, source configSource, instance, pgdata string) *walService {
+	t.Helper()
+	life, cancel := context.WithCancel(context.Background())
+	w, err := newWALService(life, source, instance, pgdata, testDir(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cancel(); w.wait() })
+	return w
+}
+
 func TestWALService(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
 	source, err := newFileSource(storeFile(t, server, bucket))
@@ -803,7 +815,7 @@ func TestWALService(t *testing.T) {
 		t.Fatal(err)
 	}
 	pgdata := testDir(t)
-	w := &walService{source: source, instance: "main-1", pgdata: pgdata}
+	w := testWALService(t, source, "main-1", pgdata)
 	cluster := []byte(`{"metadata":{"name":"main"},"spec":{"plugins":[{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store"}}]},"status":{"currentPrimary":"main-1"}}`)
 	marker := filepath.Join(pgdata, emptyArchiveMarker)
 	archive := func(definition []byte, path string, check *bool) error {
@@ -911,7 +923,7 @@ func TestRestoreHoldsRecovery(t *testing.T) {
 	change("metadata: {name: keys", "metadata: {name: gone", time.Now().Add(time.Hour))
 	cluster := []byte(`{"metadata":{"name":"new"},"spec":{"bootstrap":{"recovery":{"source":"origin"}},"externalClusters":[{"name":"origin",
 		"plugin":{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store","serverName":"main"}}}]}}`)
-	w := &walService{source: source, instance: "new-1", pgdata: testDir(t)}
+	w := testWALService(t, source, "new-1", testDir(t))
 	destination := filepath.Join(w.pgdata, "RECOVERYXLOG")
 	done := make(chan error, 1)
 	go func() {
@@ -1046,6 +1058,353 @@ func TestCodecsAgainstTheirPrograms(t *testing.T) {
 		}
 		if _, err := codec.compress(io.Discard, level); err == nil || !strings.Contains(err.Error(), "--compression-level") {
 			t.Errorf("%s takes level %q: %v", c, level, err)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------
+// Look-ahead and prefetch
+// ---------------------------------------------------------------------------
+
+// readyWAL writes segments that wait to be archived, as PostgreSQL leaves them.
+func readyWAL(t testing.TB, numbers ...uint64) (pgWAL string, contents map[string][]byte) {
+	t.Helper()
+	pgWAL = filepath.Join(testDir(t), "pg_wal")
+	if err := os.MkdirAll(filepath.Join(pgWAL, "archive_status"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	contents = map[string][]byte{}
+	for _, n := range numbers {
+		name := segmentName(1, n, mib)
+		contents[name] = segment(name, mib, 7, n)
+		for file, content := range map[string][]byte{name: contents[name], "archive_status/" + name + ".ready": nil} {
+			if err := os.WriteFile(filepath.Join(pgWAL, file), content, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return pgWAL, contents
+}
+
+func archived(pgWAL, name string) error {
+	status := filepath.Join(pgWAL, "archive_status", name)
+	return os.Rename(status+".ready", status+".done")
+}
+
+// Files that wait are stored ahead, at most maxParallel at once, and answer without
+// another request when they are asked for; the same content lies in the archive.
+func TestArchiveLookAhead(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "wal: {maxParallel: 4, compression: zstd}"))
+	life, end := context.WithCancel(context.Background())
+	a := newArchiver(life)
+	defer func() { end(); a.workers.Wait() }()
+	pgWAL, contents := readyWAL(t, 1, 2, 3, 4, 5, 6, 7, 8)
+	archive := func(n uint64) error { return a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, n, mib))) }
+
+	if err := archive(1); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the three files behind it", func() bool { return len(server.keys(t, bucket, "")) == 4 })
+	if err := archived(pgWAL, segmentName(1, 1, mib)); err != nil {
+		t.Fatal(err)
+	}
+	requests := func(name string) int { return len(proxy.seen(regexp.MustCompile(name))) }
+	before := requests(segmentName(1, 2, mib))
+	for n := uint64(2); n <= 8; n++ {
+		if err := archive(n); err != nil {
+			t.Fatal(err)
+		}
+		if err := archived(pgWAL, segmentName(1, n, mib)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := requests(segmentName(1, 2, mib)); got != before {
+		t.Errorf("a file that was stored ahead made %d more requests when it was asked for", got-before)
+	}
+	for name, content := range contents {
+		mustFetch(t, s, name, content)
+		if n := len(proxy.seen(regexp.MustCompile("^PUT .*" + name))); n != 1 {
+			t.Errorf("%s was sent %d times", name, n)
+		}
+	}
+}
+
+// The failure of a neighbour is not the failure of the file that was asked for, and is tried again in its turn.
+func TestArchiveLookAheadFailure(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "wal: {maxParallel: 2}"))
+	life, end := context.WithCancel(context.Background())
+	a := newArchiver(life)
+	defer func() { end(); a.workers.Wait() }()
+	pgWAL, contents := readyWAL(t, 1, 2)
+	first, second := segmentName(1, 1, mib), segmentName(1, 2, mib)
+	denied := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(second), Do: answerError, HTTP: 403, Code: "AccessDenied"})
+	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, first)); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the failure", func() bool { return proxy.hits(denied) > 0 })
+	mustSay(t, a.archive(t.Context(), s, filepath.Join(pgWAL, second)), errDenied, second)
+	proxy.clear()
+	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, second)); err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range contents {
+		mustFetch(t, s, name, content)
+	}
+}
+
+// A store that was switched never acknowledges what only the old one holds; a file that
+// changed since it was stored ahead is judged anew.
+func TestArchiveLookAheadStoreSwitched(t *testing.T) {
+	server := testS3(t)
+	oldBucket, newOne := newBucket(t), newBucket(t)
+	before := openTestStore(t, storeFile(t, server, oldBucket, "wal: {maxParallel: 3}"))
+	after := openTestStore(t, storeFile(t, server, newOne, "wal: {maxParallel: 3}"))
+	life, end := context.WithCancel(context.Background())
+	a := newArchiver(life)
+	defer func() { end(); a.workers.Wait() }()
+	pgWAL, contents := readyWAL(t, 1, 2, 3)
+	if err := a.archive(t.Context(), before, filepath.Join(pgWAL, segmentName(1, 1, mib))); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the files behind it", func() bool { return len(server.keys(t, oldBucket, "")) == 3 })
+	for _, n := range []uint64{2, 3} {
+		name := segmentName(1, n, mib)
+		if err := a.archive(t.Context(), after, filepath.Join(pgWAL, name)); err != nil {
+			t.Fatal(err)
+		}
+		mustFetch(t, after, name, contents[name])
+	}
+	third := filepath.Join(pgWAL, segmentName(1, 3, mib))
+	if err := a.archive(t.Context(), before, filepath.Join(pgWAL, segmentName(1, 2, mib))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(third, segment(segmentName(1, 3, mib), mib, 7, 99), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	mustSay(t, a.archive(t.Context(), before, third), errDifferent)
+}
+
+// What PostgreSQL left behind is stored on SIGTERM, by an instance that has archived before.
+func TestArchiveDrain(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	s := openTestStore(t, storeFile(t, server, bucket))
+	a := newArchiver(t.Context())
+	pgWAL, contents := readyWAL(t, 1, 2, 3)
+	a.drain(t.Context())
+	if keys := server.keys(t, bucket, ""); len(keys) != 0 {
+		t.Errorf("an instance that never archived stored %q", keys)
+	}
+	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, 1, mib))); err != nil {
+		t.Fatal(err)
+	}
+	a.drain(t.Context())
+	for name, content := range contents {
+		mustFetch(t, s, name, content)
+	}
+}
+
+// restoreClient asks a WAL service as the instance manager does.
+type restoreClient struct {
+	t           testing.TB
+	w           *walService
+	cluster     string
+	destination string
+}
+
+// standbyCluster is a Cluster whose primary is another instance: streaming is possible.
+var standbyCluster = strings.Replace(mainCluster, `"currentPrimary":"main-1"`, `"currentPrimary":"main-2"`, 1)
+
+func newRestoreClient(t testing.TB, file, cluster string) *restoreClient {
+	t.Helper()
+	source, err := newFileSource(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &restoreClient{t, testWALService(t, source, "main-1", testDir(t)), cluster, filepath.Join(testDir(t), "RECOVERYXLOG")}
+}
+
+func (c *restoreClient) ask(name string, mode wal.WALRestoreRequest_Mode) codes.Code {
+	c.t.Helper()
+	os.Remove(c.destination)
+	_, err := c.w.Restore(c.t.Context(), &wal.WALRestoreRequest{ClusterDefinition: []byte(c.cluster), SourceWalName: name,
+		DestinationFileName: c.destination, Mode: mode})
+	if err != nil && fileExists(c.destination) {
+		c.t.Errorf("%s: an error, and a file all the same", name)
+	}
+	return status.Code(err)
+}
+
+// must asks for a segment and compares it.
+func (c *restoreClient) must(name string, want []byte) {
+	c.t.Helper()
+	if code := c.ask(name, wal.WALRestoreRequest_MODE_RECOVERY); code != codes.OK {
+		c.t.Fatalf("%s: %s", name, code)
+	}
+	if got, err := os.ReadFile(c.destination); err != nil || !bytes.Equal(got, want) {
+		c.t.Fatalf("%s: restored something else (%v)", name, err)
+	}
+}
+
+// spooled are the whole segments that wait in the spool.
+func (c *restoreClient) spooled() []string {
+	c.t.Helper()
+	entries, err := os.ReadDir(c.w.prefetch.spool)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		if w, err := parseWALName(e.Name()); err == nil && w.Kind == walSegment {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+// The steps of the original's acceptance test for its prefetch (FEATURES G19): three at
+// a time, the end found ahead, told once, and asked for again after that.
+func TestPrefetchSequence(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	file := storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "wal: {maxParallel: 3}")
+	s := openTestStore(t, file)
+	pgWAL, contents := readyWAL(t, 1, 2, 3, 4, 5, 6)
+	names := make([]string, 8)
+	for n := range names {
+		names[n] = segmentName(1, uint64(n), mib)
+	}
+	store := func(numbers ...int) {
+		for _, n := range numbers {
+			mustArchive(t, s, filepath.Join(pgWAL, names[n]))
+		}
+	}
+	store(1, 2, 3, 4, 5)
+	c := newRestoreClient(t, file, standbyCluster)
+	listed := func(n int) int { return len(proxy.seen(regexp.MustCompile("prefix=.*" + names[n] + "$"))) }
+	base := make([]int, len(names))
+	for n := range base {
+		base[n] = listed(n)
+	}
+
+	c.must(names[1], contents[names[1]]) // #1: asked for, the next two come along
+	waitFor(t, "2 and 3 in the spool", func() bool { return slices.Equal(c.spooled(), []string{names[2], names[3]}) })
+	c.must(names[2], contents[names[2]]) // #2: from the spool, 4 follows
+	waitFor(t, "3 and 4 in the spool", func() bool { return slices.Equal(c.spooled(), []string{names[3], names[4]}) })
+	c.must(names[3], contents[names[3]])
+	c.must(names[4], contents[names[4]]) // here the prefetch meets the end
+	waitFor(t, "the end", func() bool { return listed(6) > base[6] && slices.Equal(c.spooled(), []string{names[5]}) })
+	c.must(names[5], contents[names[5]]) // a spooled segment comes before the end
+	end := listed(6)
+	if code := c.ask(names[6], wal.WALRestoreRequest_MODE_RECOVERY); code != codes.OutOfRange {
+		t.Errorf("the end: %s", code)
+	}
+	if listed(6) != end {
+		t.Error("the end, known already, was asked for again")
+	}
+	store(6)
+	c.must(names[6], contents[names[6]]) // told once; now it is asked for, and there
+	for n := 1; n <= 5; n++ {
+		if got := len(proxy.seen(regexp.MustCompile("^GET /[^?]*" + names[n]))); got != 1 {
+			t.Errorf("segment %d was fetched %d times", n, got)
+		}
+	}
+}
+
+// While a cluster is bootstrapped the end that a prefetch met does not stand: only the store's own answer does.
+func TestPrefetchDuringRecovery(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket, "wal: {maxParallel: 4}")
+	s := openTestStore(t, file)
+	pgWAL, contents := readyWAL(t, 1, 2, 3)
+	mustArchive(t, s, filepath.Join(pgWAL, segmentName(1, 1, mib)))
+	c := newRestoreClient(t, file, strings.Replace(mainCluster, "main-1", "", 1))
+	c.must(segmentName(1, 1, mib), contents[segmentName(1, 1, mib)])
+	waitFor(t, "the end", func() bool {
+		c.w.prefetch.mu.Lock()
+		defer c.w.prefetch.mu.Unlock()
+		return c.w.prefetch.missing == segmentName(1, 2, mib)
+	})
+	mustArchive(t, s, filepath.Join(pgWAL, segmentName(1, 2, mib)))
+	time.Sleep(missingLife)
+	c.must(segmentName(1, 2, mib), contents[segmentName(1, 2, mib)])
+	if code := c.ask(segmentName(1, 3, mib), wal.WALRestoreRequest_MODE_RECOVERY); code != codes.NotFound {
+		t.Errorf("the end of a recovery: %s", code)
+	}
+}
+
+// A missing file costs one request, and is not asked for again within a second.
+func TestMissingWALCostsOneRequest(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	c := newRestoreClient(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket), mainCluster)
+	for range 5 {
+		if code := c.ask(seg5, wal.WALRestoreRequest_MODE_RECOVERY); code != codes.NotFound {
+			t.Fatal(code)
+		}
+	}
+	if n := len(proxy.seen(regexp.MustCompile(seg5))); n != 1 {
+		t.Errorf("five requests for a missing file made %d to the store", n)
+	}
+}
+
+// pg_rewind goes backwards: it gets what it asks for, prefetching ends, and no end is remembered.
+func TestPrefetchRewind(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket, "wal: {maxParallel: 3}")
+	s := openTestStore(t, file)
+	pgWAL, contents := readyWAL(t, 1, 2, 3, 4)
+	for name := range contents {
+		mustArchive(t, s, filepath.Join(pgWAL, name))
+	}
+	c := newRestoreClient(t, file, standbyCluster)
+	two, three := segmentName(1, 2, mib), segmentName(1, 3, mib)
+	c.must(segmentName(1, 1, mib), contents[segmentName(1, 1, mib)])
+	waitFor(t, "the prefetch", func() bool { return slices.Equal(c.spooled(), []string{two, three}) })
+	if code := c.ask(three, wal.WALRestoreRequest_MODE_REWIND); code != codes.OK {
+		t.Fatal(code)
+	}
+	if got, err := os.ReadFile(c.destination); err != nil || !bytes.Equal(got, contents[three]) {
+		t.Error("rewind got something else")
+	}
+	waitFor(t, "the spool to be empty", func() bool { return len(c.spooled()) == 0 })
+	if code := c.ask(segmentName(1, 9, mib), wal.WALRestoreRequest_MODE_REWIND); code != codes.NotFound {
+		t.Error(code)
+	}
+	if code := c.ask(two, wal.WALRestoreRequest_MODE_REWIND); code != codes.OK {
+		t.Error(code)
+	}
+}
+
+// A spool that cannot be written never fails the file that was asked for; one on another volume is copied from.
+func TestPrefetchSpoolTrouble(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket, "wal: {maxParallel: 3}")
+	s := openTestStore(t, file)
+	pgWAL, contents := readyWAL(t, 1, 2, 3)
+	for name := range contents {
+		mustArchive(t, s, filepath.Join(pgWAL, name))
+	}
+	mount := func(size string) string { // a volume of its own: full after the first segment
+		dir := testDir(t)
+		mustRun(t, exec.Command("mount", "-t", "tmpfs", "-o", "size="+size, "tmpfs", dir))
+		t.Cleanup(func() { exec.Command("umount", dir).Run() })
+		return dir
+	}
+	for size, whole := range map[string]bool{"100k": false, "16m": true} {
+		c := newRestoreClient(t, file, mainCluster)
+		c.w.prefetch.spool = mount(size)
+		for n := uint64(1); n <= 3; n++ {
+			c.must(segmentName(1, n, mib), contents[segmentName(1, n, mib)])
+			if n == 1 && whole {
+				waitFor(t, "the prefetch", func() bool { return len(c.spooled()) == 2 })
+			}
+		}
+		if left := c.spooled(); len(left) != 0 {
+			t.Errorf("%s: %q stay in the spool", size, left)
 		}
 	}
 }
