@@ -474,12 +474,10 @@ func TestBackupCancelled(t *testing.T) {
 	for _, compression := range []string{"", "gzip"} {
 		t.Run("compression="+compression, func(t *testing.T) {
 			s, bucket := testS3(t), newBucket(t)
-			file := storeFile(t, s, bucket, fmt.Sprintf(`data: {compression: %q, additionalCommandArgs: ["--max-archive-size=1MB", "--min-chunk-size=5MB"]}`, compression))
-			p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, file)})
-			p.pgbenchTables(10)
+			file := storeFile(t, s, bucket, fmt.Sprintf(`data: {compression: %q, additionalCommandArgs: ["--max-bandwidth=4MB"]}`, compression))
+			p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, file), Tablespaces: []string{"side"}}) // its archive is complete first
 			p.Exec("CREATE TABLE noise AS SELECT gen_random_uuid() AS a, gen_random_uuid() AS b FROM generate_series(1, 600000)") // no codec helps
 			store := testStoreFile(t, file, "main")
-			store.data.MaxBandwidth = 16 << 20
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			failure := make(chan error)
