@@ -1231,7 +1231,12 @@ func (w *objectWriter) flush() error {
 	if w.uploadID == nil {
 		input := &s3.CreateMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, Tagging: w.store.tagging(w.o)}
 		input.ServerSideEncryption, input.SSEKMSKeyId = w.store.encryption(w.o.Data)
-		out, err := w.store.client.CreateMultipartUpload(w.ctx, input)
+		// Not ended by the writer's context: a request that was cancelled while the server
+		// worked on it would leave an upload whose id nobody knows.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), requestTimeout)
+		defer cancel()
+		defer context.AfterFunc(w.ctx, func() { time.AfterFunc(cleanupTimeout, cancel) })()
+		out, err := w.store.client.CreateMultipartUpload(ctx, input)
 		if err != nil {
 			return w.store.wrap("create multipart upload", w.key, err)
 		}

@@ -507,6 +507,28 @@ func TestWriterLeavesNothing(t *testing.T) {
 	}
 }
 
+// A writer that is cancelled while the server begins its upload knows the upload all the
+// same, and takes it back.
+func TestWriterCancelledAtTheBeginning(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, s)
+	late := proxy.add(fault{Method: "POST", Path: regexp.MustCompile(`uploads`), Do: delayReply, Delay: time.Second, Times: 1})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	w := testStoreAt(t, s, proxy.Endpoint, bucket, "main").NewWriter(ctx, "key", putOptions{PartSize: minPartSize})
+	go func() {
+		waitFor(t, "the upload", func() bool { return proxy.hits(late) == 1 && len(s.uploads(t, bucket)) == 1 })
+		cancel()
+	}()
+	if _, err := w.Write(random(t, 2*minPartSize)); err == nil {
+		t.Error("it succeeded")
+	}
+	w.Abort()
+	if uploads := s.uploads(t, bucket); len(uploads) > 0 {
+		t.Errorf("uploads left: %q", uploads)
+	}
+}
+
 // A reply that is lost, or a server that is busy, does not make a write fail nor change
 // what is written.
 func TestWriterThroughFaults(t *testing.T) {

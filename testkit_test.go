@@ -911,7 +911,7 @@ type fault struct {
 	Code  string        // of answerError, such as "SlowDown"
 	HTTP  int           // status of answerError
 	Bytes int64         // of truncateBody, stallBody: how much of the body passes
-	Delay time.Duration // of delayRequest
+	Delay time.Duration // of delayRequest, delayReply
 
 	seen, hits int
 }
@@ -926,6 +926,7 @@ const (
 	truncateBody                    // the answer begins, and the connection ends in the middle of the body
 	answerError                     // an S3 error; the server never hears of it
 	delayRequest                    // late, but unspoilt
+	delayReply                      // the server does what was asked at once; the client hears of it late
 )
 
 // startFaultProxy starts a proxy without rules; it ends with the test.
@@ -1037,6 +1038,9 @@ func (p *faultProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, response.Body)
 		reset(w)
 		return
+	}
+	if spoilt && f.Do == delayReply {
+		p.wait(r, f.Delay)
 	}
 	for name, values := range response.Header {
 		w.Header()[name] = values
