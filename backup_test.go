@@ -475,7 +475,7 @@ func TestBackupCancelled(t *testing.T) {
 		t.Run("compression="+compression, func(t *testing.T) {
 			s, bucket := testS3(t), newBucket(t)
 			file := storeFile(t, s, bucket, fmt.Sprintf(`data: {compression: %q, additionalCommandArgs: ["--max-bandwidth=4MB"]}`, compression))
-			p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, file), Tablespaces: []string{"side"}}) // its archive is complete first
+			p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, file), Tablespaces: []string{"side"}})                 // its archive is complete first
 			p.Exec("CREATE TABLE noise AS SELECT gen_random_uuid() AS a, gen_random_uuid() AS b FROM generate_series(1, 600000)") // no codec helps
 			store := testStoreFile(t, file, "main")
 			ctx, cancel := context.WithCancel(t.Context())
