@@ -12,7 +12,7 @@ export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 
 BINARY  := bin/cnpg-barman-s3
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build image deploy-manifest check-manifest test-api demo test e2e deps tools check
+.PHONY: build image deploy-manifest check-manifest test-api demo test test-versions e2e deps tools check
 
 # The static binary of this machine.
 build:
@@ -49,6 +49,10 @@ demo: build tools
 # All tests that need no Kubernetes, with what they need.
 test: deps build tools check
 	hack/gotest.sh -count=1 -timeout 14m ./...
+
+# The core of them with the other major versions of PostgreSQL, from npm.
+test-versions: deps tools
+	hack/versions.sh
 
 # The whole thing on the cluster of KUBECONFIG, which runs CloudNativePG, with the
 # manifests of examples/. e2e/run.sh says what can be set.

@@ -636,7 +636,14 @@ func pgBinDir(t testing.TB) string {
 	return slices.Max(dirs)
 }
 
-func (p *postgres) tool(name string) string { return filepath.Join(p.Bin, name) }
+// tool is a program of PostgreSQL; clients that do not come with the server in PG_BINDIR are those on PATH.
+func (p *postgres) tool(name string) string {
+	path := filepath.Join(p.Bin, name)
+	if found, err := exec.LookPath(name); err == nil && !fileExists(path) {
+		return found
+	}
+	return path
+}
 
 // tablespace is where startPostgres puts the tablespace of that name: beside PGDATA.
 func (p *postgres) tablespace(name string) string {

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# gotest.sh ARGS... - `go test -v ARGS...`: one line for each test while it runs, the
+# gotest.sh ARGS... - `go test -v ARGS...`, or GOTEST in its place: one line for each test while it runs, the
 # whole output if something failed, and at the end 'N passed, N failed, N skipped'.
 set -euo pipefail
 
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-go test -v "$@" 2>&1 | tee "$log" | { grep --line-buffered -E '^ *--- |^(ok|FAIL|panic:|#) ' || true; } || status=$?
+${GOTEST:-go test -v} "$@" 2>&1 | tee "$log" | { grep --line-buffered -E '^ *--- |^(ok|FAIL|panic:|#) ' || true; } || status=$?
 
 count() { grep -cE "^ *--- $1: " "$log" || true; }
 passed=$(count PASS) failed=$(count FAIL) skipped=$(count SKIP)
