@@ -171,6 +171,7 @@ type baseBackup struct {
 	began time.Time
 	done  atomic.Int64 // bytes read
 	stats []treeStats
+	start LSN // pages that are newer were written during the backup, and its WAL makes them good
 
 	mu       sync.Mutex
 	archives []*archive
@@ -220,12 +221,16 @@ func (b *baseBackup) run(ctx context.Context) error {
 			log.Warn("A configuration file outside the data directory, included from another one, is not in the backup: keep a copy", "path", f)
 		}
 	}
-	if err := b.start(ctx, log); err != nil {
+	if err := b.begin(ctx, log); err != nil {
 		return err
 	}
 	last, err := b.copyFiles(ctx)
 	if err != nil {
 		return err
+	}
+	if n := b.info.BadPageCount; n > 0 {
+		log.Warn("The server has damaged pages, and the backup stores them as they are: find their relations with pg_filenode_relation, "+
+			"and restore from an earlier backup what is lost", "badPages", n)
 	}
 	if err := b.addControlFile(ctx, last); err != nil {
 		return err
@@ -240,7 +245,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 	for _, name := range b.info.WALInBackup {
 		log.Info("Storing the standby's own copy of the last WAL segment in the backup, since the primary has not archived it: "+
 			"an idle primary does not switch to the next segment", "walFile", name)
-		if err := b.addFile(last, "pg_wal/"+name, filepath.Join(b.pgdata, "pg_wal", name), make([]byte, copyBufferSize)); err != nil {
+		if err := b.addFile(ctx, last, "pg_wal/"+name, filepath.Join(b.pgdata, "pg_wal", name), make([]byte, copyBufferSize)); err != nil {
 			return err
 		}
 	}
@@ -263,8 +268,8 @@ func (b *baseBackup) run(ctx context.Context) error {
 	return nil
 }
 
-// start brings the server into backup mode, which begins with a checkpoint.
-func (b *baseBackup) start(ctx context.Context, log *slog.Logger) error {
+// begin brings the server into backup mode, which begins with a checkpoint.
+func (b *baseBackup) begin(ctx context.Context, log *slog.Logger) error {
 	began := time.Now()
 	quiet := every(b.o.ReportEvery, func() {
 		if b.o.FastCheckpoint {
@@ -277,15 +282,14 @@ func (b *baseBackup) start(ctx context.Context, log *slog.Logger) error {
 	})
 	err := b.session.startBackup(ctx, b.info, b.o.FastCheckpoint)
 	quiet()
+	if err == nil {
+		b.start, err = parseLSN(b.info.BeginLSN)
+	}
 	return err
 }
 
 // stop ends backup mode and works out what WAL the backup needs, oldest first.
 func (b *baseBackup) stop(ctx context.Context) (label string, required []string, err error) {
-	begin, err := parseLSN(b.info.BeginLSN)
-	if err != nil {
-		return "", nil, err
-	}
 	label, endTimeline, err := b.session.stopBackup(ctx, b.info)
 	if err != nil {
 		return "", nil, err
@@ -310,9 +314,9 @@ func (b *baseBackup) stop(ctx context.Context) (label string, required []string,
 		required = append(required, fmt.Sprintf("%08X.history", endTimeline))
 	}
 	size := b.info.WALSegmentSize
-	segments := requiredSegments(begin, end, endTimeline, history, size)
-	b.info.BeginWAL = segmentName(timeline, segmentNumber(begin, size), size)
-	b.info.BeginOffset = int64(uint64(begin) % uint64(size))
+	segments := requiredSegments(b.start, end, endTimeline, history, size)
+	b.info.BeginWAL = segmentName(timeline, segmentNumber(b.start, size), size)
+	b.info.BeginOffset = int64(uint64(b.start) % uint64(size))
 	b.info.EndWAL = segments[len(segments)-1]
 	b.info.EndOffset = int64(uint64(end) % uint64(size))
 	return label, append(required, segments...), nil
@@ -429,6 +433,9 @@ type session struct {
 	timeline                int
 	size                    int64 // bytes, of all tablespaces
 	checkpointDuration      time.Duration
+	checksums               bool  // data_checksums
+	blockSize               int64 // bytes
+	blocksPerFile           int64 // segment_size: a larger relation goes on in FILENODE.1, .2, ...
 }
 
 func openSession(ctx context.Context, connection string) (*session, error) {
@@ -495,19 +502,22 @@ func (s *session) inspect(ctx context.Context) error {
 			system_identifier, catalog_version_no, (SELECT timeline_id FROM pg_control_checkpoint()),
 			(SELECT sum(pg_tablespace_size(oid)) FROM pg_tablespace),
 			(SELECT setting::float8 FROM pg_settings WHERE name = 'checkpoint_timeout')
-				* current_setting('checkpoint_completion_target')::float8
+				* current_setting('checkpoint_completion_target')::float8,
+			current_setting('data_checksums'), current_setting('block_size'),
+			(SELECT setting FROM pg_settings WHERE name = 'segment_size')
 		FROM pg_control_system()`)
 	if err != nil {
 		return err
 	}
 	row, archiveMode := rows[0], rows[0][6]
 	s.dataDirectory, s.configFile, s.hbaFile, s.identFile = row[1], row[2], row[3], row[4]
-	s.inRecovery, s.systemID = row[5] == "t", row[8]
+	s.inRecovery, s.systemID, s.checksums = row[5] == "t", row[8], row[13] == "on"
 	var seconds float64
 	for _, number := range []struct {
 		text string
 		into any
-	}{{row[0], &s.version}, {row[7], &s.segmentSize}, {row[9], &s.catalog}, {row[10], &s.timeline}, {row[11], &s.size}, {row[12], &seconds}} {
+	}{{row[0], &s.version}, {row[7], &s.segmentSize}, {row[9], &s.catalog}, {row[10], &s.timeline}, {row[11], &s.size}, {row[12], &seconds},
+		{row[14], &s.blockSize}, {row[15], &s.blocksPerFile}} {
 		if _, err := fmt.Sscan(number.text, number.into); err != nil {
 			return fmt.Errorf("%w: %q where a number is expected: %w", errServer, number.text, err)
 		}
@@ -972,7 +982,7 @@ func (b *baseBackup) copyFiles(ctx context.Context) (last *archive, err error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := b.addFile(last, path.Base(f), real, buffer); err != nil {
+		if err := b.addFile(ctx, last, path.Base(f), real, buffer); err != nil {
 			return nil, err
 		}
 	}
@@ -1068,7 +1078,7 @@ func (b *baseBackup) copyFile(ctx context.Context, t *tree, a **archive, f file,
 			return err
 		}
 	}
-	if err := b.addFile(*a, f.name, f.path, buffer); !errors.Is(err, fs.ErrNotExist) {
+	if err := b.addFile(ctx, *a, f.name, f.path, buffer); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
@@ -1096,7 +1106,7 @@ func (b *baseBackup) addDirectory(a *archive, t *tree, name string) error {
 // writing meanwhile, and the WAL of the backup makes good for what is read in between; but
 // a tar header is written first and its size binds: a file that shrinks is filled up with
 // zeros, and one that grows is cut. fs.ErrNotExist says that there is no such file.
-func (b *baseBackup) addFile(a *archive, name, path string, buffer []byte) error {
+func (b *baseBackup) addFile(ctx context.Context, a *archive, name, path string, buffer []byte) error {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	switch {
 	case errors.Is(err, unix.ELOOP): // it is a symbolic link
@@ -1119,22 +1129,135 @@ func (b *baseBackup) addFile(a *archive, name, path string, buffer []byte) error
 	}
 	forget := pageCacheKeeper(f, header.Size)
 	defer forget()
-	for left := header.Size; left > 0; {
-		n, err := f.Read(buffer[:min(left, int64(len(buffer)))])
-		switch {
-		case err == io.EOF: // it has shrunk
-			n = int(min(left, int64(len(buffer))))
-			clear(buffer[:n])
-		case err != nil:
+	firstBlock, pages := b.relationFile(name)
+	for at := int64(0); at < header.Size; {
+		piece := buffer[:min(header.Size-at, int64(len(buffer)))]
+		n, err := io.ReadFull(f, piece)
+		if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 			return err // names the file
 		}
-		if _, err := a.tar.Write(buffer[:n]); err != nil {
+		clear(piece[n:]) // it has shrunk
+		if pages {
+			b.checkPages(ctx, f, a.fullName(name), piece, at, firstBlock)
+		}
+		if _, err := a.tar.Write(piece); err != nil {
 			return a.failed(err)
 		}
-		left -= int64(n)
-		b.done.Add(int64(n))
+		at += int64(len(piece))
+		b.done.Add(int64(len(piece)))
 	}
 	return nil
+}
+
+// relationFileForm is a file of pages: its fork does not matter, its segment does.
+var relationFileForm = regexp.MustCompile(`^(?:global|(?:base|(?:pg_tblspc/\d+/)?PG_[^/]+)/\d+)/\d+(?:_[a-z]+)?(?:\.(\d+))?$`)
+
+// relationFile says whether a file has pages with checksums, and the number of the first.
+func (b *baseBackup) relationFile(name string) (firstBlock int64, pages bool) {
+	m := relationFileForm.FindStringSubmatch(name)
+	if m == nil || !b.session.checksums {
+		return 0, false
+	}
+	segment, _ := strconv.ParseInt("0"+m[1], 10, 32)
+	return segment * b.session.blocksPerFile, true
+}
+
+const (
+	pageReads = 5 // of a page whose checksum is wrong, which may be one that is being written
+	// maxBadPages are named; all are counted.
+	maxBadPages = 100
+)
+
+// checkPages verifies the checksums of the pages in a piece of a file at an offset. A
+// wrong one does not fail the backup: better a backup with a damaged page than none.
+func (b *baseBackup) checkPages(ctx context.Context, f *os.File, name string, piece []byte, at, block int64) {
+	size := b.session.blockSize
+	block += at / size
+	for ; int64(len(piece)) >= size; piece, at, block = piece[size:], at+size, block+1 {
+		if pageIntact(piece[:size], uint32(block), b.start) || b.intactWhenReadAgain(ctx, f, at, uint32(block)) {
+			continue
+		}
+		b.mu.Lock()
+		b.info.BadPageCount++
+		if b.info.BadPageCount <= maxBadPages {
+			b.info.BadPages = append(b.info.BadPages, fmt.Sprintf("%s:%d", name, block))
+			slog.Warn("A page of the database has a wrong checksum", "backupID", b.info.ID, "file", name, "block", block)
+		}
+		b.mu.Unlock()
+	}
+}
+
+func (b *baseBackup) intactWhenReadAgain(ctx context.Context, f *os.File, at int64, block uint32) bool {
+	page := make([]byte, b.session.blockSize)
+	for range pageReads {
+		if n, err := f.ReadAt(page, at); n < len(page) {
+			return err == io.EOF // cut off meanwhile
+		}
+		if pageIntact(page, block, b.start) {
+			return true
+		}
+		if sleep(ctx, 10*time.Millisecond) != nil {
+			return true // nobody will read this backup
+		}
+	}
+	return false
+}
+
+// pageIntact says whether a page has the checksum that it should have. A page that is new,
+// or was written after start, needs none: the first is empty, the second is in the WAL
+// (PageIsVerified in bufpage.c, verify_page_checksum in basebackup.c). The header begins
+// with LSN (two words, high first), checksum, flags, lower, upper (bufpage.h).
+func pageIntact(page []byte, block uint32, start LSN) bool {
+	order := binary.NativeEndian
+	lsn := LSN(order.Uint32(page))<<32 | LSN(order.Uint32(page[4:]))
+	return order.Uint16(page[14:]) == 0 || lsn >= start || order.Uint16(page[8:]) == pageChecksum(page, block)
+}
+
+// pageChecksum is PostgreSQL's (checksum_impl.h): 32 sums in the manner of FNV-1a, of
+// which each takes every 32nd word of the page, with the field of the checksum as zero.
+// Eight at a time they fit into the registers of the processor.
+func pageChecksum(page []byte, block uint32) uint16 {
+	const prime, row = 16777619, 32 * 4
+	order := binary.NativeEndian
+	var all uint32
+	for lane := 0; lane < len(pageChecksumSeeds); lane += 8 {
+		seeds := (*[8]uint32)(pageChecksumSeeds[lane:])
+		a, b, c, d, e, f, g, h := seeds[0], seeds[1], seeds[2], seeds[3], seeds[4], seeds[5], seeds[6], seeds[7]
+		for at := lane * 4; at+32 <= len(page); at += row {
+			w := (*[32]byte)(page[at:])
+			third := order.Uint32(w[8:])
+			if at == 0 {
+				var header [4]byte // the checksum and, behind it, the flags
+				copy(header[2:], w[10:12])
+				third = order.Uint32(header[:])
+			}
+			a ^= order.Uint32(w[0:])
+			b ^= order.Uint32(w[4:])
+			c ^= third
+			d ^= order.Uint32(w[12:])
+			e ^= order.Uint32(w[16:])
+			f ^= order.Uint32(w[20:])
+			g ^= order.Uint32(w[24:])
+			h ^= order.Uint32(w[28:])
+			a, b, c, d = a*prime^a>>17, b*prime^b>>17, c*prime^c>>17, d*prime^d>>17
+			e, f, g, h = e*prime^e>>17, f*prime^f>>17, g*prime^g>>17, h*prime^h>>17
+		}
+		for _, sum := range [8]uint32{a, b, c, d, e, f, g, h} {
+			for range 2 { // two rows of zeros
+				sum = sum*prime ^ sum>>17
+			}
+			all ^= sum
+		}
+	}
+	return uint16((all^block)%65535) + 1
+}
+
+// pageChecksumSeeds are where the 32 sums begin.
+var pageChecksumSeeds = [32]uint32{
+	0x5B1F36E9, 0xB8525960, 0x02AB50AA, 0x1DE66D2A, 0x79FF467A, 0x9BB9F8A3, 0x217E7CD2, 0x83E13D2C,
+	0xF8D4474F, 0xE39EB970, 0x42C6AE16, 0x993216FA, 0x7B093B5D, 0x98DAFF3C, 0xF718902A, 0x0B1C9CDB,
+	0xE58F764B, 0x187636BC, 0x5D7B3BB1, 0xE73DE7DE, 0x92BEC979, 0xCCA6C0B2, 0x304A0979, 0x85AA43D4,
+	0x783125BB, 0x6CA8EAA2, 0xE407EAC6, 0x4B5CFC3E, 0x9FBF8C76, 0x15CA20BE, 0xF2CA9FD3, 0x959BD756,
 }
 
 func (b *baseBackup) addSymlink(a *archive, name, path string) error {
@@ -1263,6 +1386,14 @@ func (c archiveCounter) Write(p []byte) (int, error) {
 	n, err := c.object.Write(p)
 	c.size.Add(int64(n))
 	return n, err
+}
+
+// fullName is the name, seen from the data directory, of an entry of the archive.
+func (a *archive) fullName(name string) string {
+	if a.tree == "data" {
+		return name
+	}
+	return "pg_tblspc/" + a.tree + "/" + name
 }
 
 // hasRoom says whether a file of this size may still be added.

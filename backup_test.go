@@ -310,6 +310,108 @@ func TestBackupTablespaces(t *testing.T) {
 	}
 }
 
+// A damaged page is found, in the second file of a relation and in a tablespace too, and
+// told with file and block; it does not fail the backup. A busy server has none.
+func TestBackupFindsDamagedPages(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, s, bucket, "data: {compression: gzip}")
+	p := startPostgres(t, pgOptions{Checksums: true, ArchiveCommand: archivingTo(t, file), Tablespaces: []string{"beside"},
+		Settings: []string{"shared_buffers=1MB", "bgwriter_delay=10ms", "bgwriter_lru_maxpages=1000"}}) // pages are written all the time
+	p.pgbenchTables(5)
+	p.Exec("CREATE TABLE plain AS SELECT generate_series(1, 10000) AS n; CREATE TABLE spaced TABLESPACE beside AS SELECT * FROM plain")
+	p.Exec("VACUUM spaced") // which makes its free space map
+	store := testStoreFile(t, file, "main")
+	stop := p.pgbenchLoad()
+	for range 3 {
+		if info := mustBackUp(t, store, p, backupOptions{}); info.BadPageCount != 0 {
+			t.Errorf("a busy server: bad pages %q", info.BadPages)
+		}
+	}
+	stop()
+
+	plain, spaced := p.Query("SELECT pg_relation_filepath('plain')"), p.Query("SELECT pg_relation_filepath('spaced')")
+	p.Stop("fast")
+	for name, at := range map[string]int64{plain: 3*8192 + 4000, spaced: 5*8192 + 8191, spaced + "_fsm": 2*8192 + 100} {
+		f, err := os.OpenFile(filepath.Join(p.Dir, name), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 1)
+		if _, err := f.ReadAt(b, at); err != nil {
+			t.Fatal(err)
+		}
+		b[0] ^= 1
+		if _, err := f.WriteAt(b, at); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	p.Start()
+	log := captureLog(t)
+	id := mustBackUp(t, store, p, backupOptions{}).ID
+	info, err := store.ReadBackupInfo(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{plain + ":3", spaced + ":5", spaced + "_fsm:2"}
+	if slices.Sort(info.BadPages); !info.Done() || info.BadPageCount != 3 || !slices.Equal(info.BadPages, want) {
+		t.Errorf("%s, %d bad pages %q, want %q", info.Status, info.BadPageCount, info.BadPages, want)
+	}
+	for _, text := range []string{fmt.Sprintf(`"file":"%s","block":3`, plain), `"badPages":3`} {
+		if !log.has(text) {
+			t.Errorf("the log does not have %s", text)
+		}
+	}
+	list := runProgram(t, nil, "list", "--objectstore", file, "--server-name", "main", "-o", "json")
+	if !strings.Contains(list.Stdout, plain+":3") || !strings.Contains(list.Stdout, `"badPageCount": 3`) {
+		t.Errorf("list says %s", list.Stdout)
+	}
+}
+
+// The names of many bad pages do not outgrow what S3 takes of user metadata.
+func TestBadPagesAreBounded(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	store := testStore(t, s, bucket, "main")
+	b := aBackup("20260101T100000", 1, "10:00", "0/3000200")
+	for b.BadPageCount = range 5000 {
+		b.BadPages = append(b.BadPages, fmt.Sprintf("pg_tblspc/16390/PG_18_202506291/16384/%d.1:131072", b.BadPageCount))
+	}
+	if err := store.WriteBackupInfo(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	got, err := store.ReadBackupInfo(t.Context(), b.ID)
+	if n := len(got.BadPages); err != nil || got.BadPageCount != 4999 || n < 20 || !slices.Equal(got.BadPages, b.BadPages[:n]) {
+		t.Errorf("%v, %d bad pages, of which %d have names: %q", err, got.BadPageCount, n, got.BadPages)
+	}
+}
+
+func TestRelationFile(t *testing.T) {
+	b := &baseBackup{session: &session{checksums: true, blocksPerFile: 131072}}
+	for name, want := range map[string]int64{
+		"base/5/16384": 0, "base/5/16384.3": 3 * 131072, "base/5/16384_fsm": 0, "base/5/16384_vm.1": 131072, "base/5/16384_init": 0, "global/1262": 0,
+		"PG_15_202209061/5/16384.2": 2 * 131072, "pg_tblspc/16390/PG_15_202209061/5/16384": 0,
+		"base/5/pg_filenode.map": -1, "base/5/PG_VERSION": -1, "base/5/pg_internal.init": -1, "global/pg_control": -1, "global/pg_filenode.map": -1,
+		"pg_xact/0000": -1, "pg_multixact/offsets/0000": -1, "base/pgsql_tmp/1": -1, "16384": -1, "base/5/x/16384": -1, "PG_VERSION": -1,
+	} {
+		first, pages := b.relationFile(name)
+		if !pages {
+			first = -1
+		}
+		if first != want {
+			t.Errorf("%s: first block %d, want %d", name, first, want)
+		}
+	}
+}
+
+func BenchmarkPageChecksum(b *testing.B) {
+	page := random(b, 8192)
+	b.SetBytes(8192)
+	b.ReportAllocs()
+	for b.Loop() {
+		pageChecksum(page, 1)
+	}
+}
+
 // A standby of an idle primary takes its own copy of the last segment along, and leaves
 // out what pg_basebackup has put into its directory.
 func TestBackupOfStandby(t *testing.T) {
@@ -695,7 +797,7 @@ func TestBackupNamesUnreadableFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := filepath.Join(file, "below") // fails for every user, and is not "no such file"
-	if err = b.addFile(a, "below", path, make([]byte, 4096)); err == nil || !strings.Contains(err.Error(), path) {
+	if err = b.addFile(t.Context(), a, "below", path, make([]byte, 4096)); err == nil || !strings.Contains(err.Error(), path) {
 		t.Errorf("unreadable file: %v", err)
 	}
 }

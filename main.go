@@ -407,10 +407,10 @@ func runList(ctx context.Context, args []string) error {
 		return encoder.Encode(map[string]any{"serverName": s.Config.ServerName, "backups": rows})
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "ID\tNAME\tSTATUS\tBEGIN\tEND\tTIMELINE\tBEGIN WAL\tEND WAL\tSIZE")
+	fmt.Fprintln(w, "ID\tNAME\tSTATUS\tBEGIN\tEND\tTIMELINE\tBEGIN WAL\tEND WAL\tSIZE\tBAD PAGES")
 	for _, r := range rows {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", r.ID, dash(r.Name), r.Status, dash(r.BeginTime), dash(r.EndTime),
-			r.Timeline, dash(r.BeginWAL), dash(r.EndWAL), byteCount(r.Size))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\t%d\n", r.ID, dash(r.Name), r.Status, dash(r.BeginTime), dash(r.EndTime),
+			r.Timeline, dash(r.BeginWAL), dash(r.EndWAL), byteCount(r.Size), r.BadPageCount)
 	}
 	return w.Flush()
 }
@@ -429,6 +429,9 @@ type listRow struct {
 	BeginLSN  string `json:"beginLSN,omitempty"`
 	EndLSN    string `json:"endLSN,omitempty"`
 	Size      int64  `json:"size"`
+	// Pages with a wrong checksum, seen while the backup was taken: how many, and the first of them as FILE:BLOCK.
+	BadPageCount int      `json:"badPageCount,omitempty"`
+	BadPages     []string `json:"badPages,omitempty"`
 }
 
 func listRows(c *Catalog, sizes map[string]int64) []listRow {
@@ -436,7 +439,8 @@ func listRows(c *Catalog, sizes map[string]int64) []listRow {
 	for _, b := range c.Backups {
 		rows = append(rows, listRow{ID: b.ID, Name: b.BackupName, Status: b.Status, Error: b.Error,
 			BeginTime: timestamp(b.BeginTime), EndTime: timestamp(b.EndTime), Timeline: b.Timeline,
-			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: sizes[b.ID]})
+			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: sizes[b.ID],
+			BadPageCount: b.BadPageCount, BadPages: b.BadPages})
 	}
 	for _, id := range c.Incomplete {
 		rows = append(rows, listRow{ID: id, Status: "INCOMPLETE", Size: sizes[id]})

@@ -1662,6 +1662,10 @@ type BackupInfo struct {
 	// WALInBackup are segments that lie in pg_wal/ of the data archive since the WAL
 	// archive did not have them. It travels in the user metadata of the object.
 	WALInBackup []string
+	// BadPages are pages with a wrong checksum that the backup holds, as FILE:BLOCK. They
+	// travel in the same way, as far as there is room; BadPageCount is how many there are.
+	BadPages     []string
+	BadPageCount int
 
 	raw map[string]string // every line as it was read
 }
@@ -1680,6 +1684,14 @@ func (b *BackupInfo) Done() bool {
 
 // walInBackup is the name of the user metadata that carries BackupInfo.WALInBackup.
 const walInBackup = "wal-in-backup"
+
+// badPages is the name of the user metadata that carries the bad pages: their count and,
+// separated by spaces, as many of their names as fit into maxBadPagesText bytes (S3 takes
+// 2 KB of user metadata in all).
+const (
+	badPages        = "bad-pages"
+	maxBadPagesText = 1500
+)
 
 // backupInfoFields ties each line of the file to a field: format and parse are mirror
 // images. The set is that of Barman 3.4, since a Barman refuses fields that it does not
@@ -2189,6 +2201,10 @@ func (s *Store) ReadBackupInfo(ctx context.Context, id string) (*BackupInfo, err
 	if list := r.Metadata[walInBackup]; list != "" {
 		b.WALInBackup = strings.Split(list, ",")
 	}
+	if list := strings.Fields(r.Metadata[badPages]); len(list) > 0 {
+		b.BadPages = list[1:]
+		b.BadPageCount, _ = strconv.Atoi(list[0])
+	}
 	return b, nil
 }
 
@@ -2198,6 +2214,16 @@ func (s *Store) WriteBackupInfo(ctx context.Context, b *BackupInfo) error {
 	metadata := map[string]string{contentSum: sumOf(content)}
 	if len(b.WALInBackup) > 0 {
 		metadata[walInBackup] = strings.Join(b.WALInBackup, ",")
+	}
+	if b.BadPageCount > 0 {
+		list := strconv.Itoa(b.BadPageCount)
+		for _, page := range b.BadPages {
+			if len(list)+1+len(page) > maxBadPagesText {
+				break
+			}
+			list += " " + page
+		}
+		metadata[badPages] = list
 	}
 	return s.Put(ctx, s.baseKey(b.ID, backupInfoFile), content, putOptions{Data: true, Metadata: metadata})
 }
