@@ -275,6 +275,15 @@ func runWALArchive(ctx context.Context, args []string) error {
 }
 
 func runWALRestore(ctx context.Context, args []string) error {
+	err := walRestore(ctx, args)
+	if err == nil || errors.Is(err, errNotFound) || errors.Is(err, flag.ErrHelp) {
+		return err
+	}
+	slog.Error("wal-restore failed", "error", err)
+	return exitStatus(exitNoAttempt) // also for a bad command line, which must not look like the end of the archive
+}
+
+func walRestore(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("wal-restore", flag.ContinueOnError)
 	var store storeFlags
 	store.add(fs)
@@ -283,15 +292,11 @@ func runWALRestore(ctx context.Context, args []string) error {
 		return err
 	}
 	s, err := store.open(ctx)
-	if err == nil {
-		pgdata := filepath.Dir(filepath.Dir(fs.Arg(1))) // DESTINATION is pg_wal/RECOVERYXLOG
-		err = restoreWAL(ctx, s, fs.Arg(0), fs.Arg(1), restoreWALOptions{SystemID: systemIdentifier(pgdata), Patience: *patience})
+	if err != nil {
+		return err
 	}
-	if err != nil && !errors.Is(err, errNotFound) {
-		slog.Error("wal-restore failed", "error", err)
-		return exitStatus(exitNoAttempt)
-	}
-	return err
+	pgdata := filepath.Dir(filepath.Dir(fs.Arg(1))) // DESTINATION is pg_wal/RECOVERYXLOG
+	return restoreWAL(ctx, s, fs.Arg(0), fs.Arg(1), restoreWALOptions{SystemID: systemIdentifier(pgdata), Patience: *patience})
 }
 
 func runBackup(ctx context.Context, args []string) error {

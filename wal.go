@@ -517,14 +517,18 @@ func newArchiver(life context.Context) *archiver {
 	return &archiver{life: life, uploads: map[aheadKey]*aheadUpload{}}
 }
 
-// archive stores the WAL file at path as archiveWAL does.
-func (a *archiver) archive(ctx context.Context, s *Store, path string) error {
+// archive stores the WAL file at path as archiveWAL does. With ahead, what waits behind
+// it is stored too. Not so the first file of a cluster: if storing that one failed, the
+// check of the archive would find its neighbours, and take them for another cluster's.
+func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead bool) error {
 	key := aheadKey{s.walDestination(), filepath.Base(path)}
 	a.mu.Lock()
 	u := a.uploads[key]
 	delete(a.uploads, key)
 	a.mu.Unlock()
-	a.lookAhead(s, path)
+	if ahead {
+		a.lookAhead(s, path)
+	}
 	if u != nil {
 		select {
 		case <-u.done:
@@ -794,6 +798,9 @@ func fetchWAL(ctx context.Context, s *Store, name walName, destination string, s
 	}
 	var damaged []error
 	for _, o := range objects {
+		if len(damaged) > 0 && o.Name != objects[0].Name {
+			break // recovery would end where the .partial does, as if the segment had never been
+		}
 		size, err := fetchWALObject(ctx, s, o, name, destination, systemID)
 		switch {
 		case err == nil:
@@ -801,7 +808,8 @@ func fetchWAL(ctx context.Context, s *Store, name walName, destination string, s
 			return size, nil
 		case errors.Is(err, errDamaged):
 			damaged = append(damaged, err)
-		case errors.Is(err, errNotFound): // deleted since the listing
+		case errors.Is(err, errNotFound): // deleted since the listing? The next one tells
+			return 0, fmt.Errorf("%w: %s is listed, but cannot be read: %v", errTransient, s.URL(o.Key), err)
 		default:
 			return 0, err
 		}
@@ -812,11 +820,14 @@ func fetchWAL(ctx context.Context, s *Store, name walName, destination string, s
 	return 0, fmt.Errorf("%w: wal %q not found at %s", errNotFound, name.Name, s.URL(s.walPrefix(name.Name)))
 }
 
+// temporaryWAL begins the names of files that are being fetched.
+const temporaryWAL = ".cnpg-"
+
 // fetchWALObject fetches one stored form to a temporary file, judges it, and renames it.
 // The file is not synced: PostgreSQL does that itself when it keeps a restored segment
 // (durable_rename in KeepFileRestoredFromArchive).
 func fetchWALObject(ctx context.Context, s *Store, o walObject, name walName, destination string, systemID uint64) (_ int64, err error) {
-	f, err := os.CreateTemp(filepath.Dir(destination), ".cnpg-"+name.Name+"-*")
+	f, err := os.CreateTemp(filepath.Dir(destination), temporaryWAL+"*")
 	if err != nil {
 		return 0, err
 	}
@@ -986,7 +997,7 @@ func moveFile(from, to string) (err error) {
 		return err
 	}
 	defer in.Close()
-	out, err := os.CreateTemp(filepath.Dir(to), ".cnpg-*")
+	out, err := os.CreateTemp(filepath.Dir(to), temporaryWAL+"*")
 	if err != nil {
 		return err
 	}
@@ -1018,7 +1029,7 @@ func (p *prefetcher) known(s *Store, name string, canStream bool) error {
 	case p.ahead && canStream && age < streamEndLife:
 		p.missing = "" // the request after this one asks the store again
 		return fmt.Errorf("%w: %s was not in the archive %s ago", errEndOfWAL, name, age.Round(time.Millisecond))
-	case age < missingLife:
+	case !p.ahead && age < missingLife: // a prefetch leaves a .partial to the request
 		return fmt.Errorf("%w: wal %q not found at %s %s ago", errNotFound, name, s.URL(s.walPrefix(name)), age.Round(time.Millisecond))
 	}
 	return nil
@@ -1168,6 +1179,11 @@ func newWALService(life context.Context, source configSource, instance, pgdata, 
 	if err != nil {
 		return nil, err
 	}
+	// What a killed predecessor was fetching; nobody else would ever remove it.
+	leftovers, _ := filepath.Glob(filepath.Join(pgdata, "pg_wal", temporaryWAL+"*"))
+	for _, name := range leftovers {
+		os.Remove(name)
+	}
 	return &walService{source: source, instance: instance, pgdata: pgdata, archiver: newArchiver(life), prefetch: prefetch}, nil
 }
 
@@ -1214,7 +1230,7 @@ func (w *walService) Archive(ctx context.Context, r *wal.WALArchiveRequest) (*wa
 			return nil, grpcError(fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err))
 		}
 	}
-	if err := w.archiver.archive(ctx, s, r.SourceFileName); err != nil {
+	if err := w.archiver.archive(ctx, s, r.SourceFileName, !check); err != nil {
 		return nil, grpcError(err)
 	}
 	// The next segment may come before the instance manager removes the marker, and

@@ -11,6 +11,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -601,16 +602,15 @@ func TestRestoreCandidates(t *testing.T) {
 		stored map[string][]byte // name with suffix
 		want   []byte
 	}{
-		"plain next to its plain .partial":       {map[string][]byte{seg5: whole, seg5 + ".partial": partial}, whole},
-		"plain next to a compressed .backup":     {map[string][]byte{seg5: whole, seg5 + ".00000028.backup.gz": note}, whole},
-		"compressed next to a plain .backup":     {map[string][]byte{seg5 + ".gz": whole, seg5 + ".00000028.backup": note}, whole},
-		"plain and compressed":                   {map[string][]byte{seg5: whole, seg5 + ".gz": whole}, whole},
-		"only a .partial":                        {map[string][]byte{seg5 + ".partial.gz": partial}, partial},
-		"compressed next to a plain .partial":    {map[string][]byte{seg5 + ".gz": whole, seg5 + ".partial": partial}, whole},
-		"a damaged form next to a good one":      {map[string][]byte{seg5: whole[:100], seg5 + ".gz": whole}, whole},
-		"a damaged segment next to its .partial": {map[string][]byte{seg5: whole[:100], seg5 + ".partial": whole}, whole},
-		"only a .backup":                         {map[string][]byte{seg5 + ".00000028.backup": note}, nil},
-		"only a longer name":                     {map[string][]byte{seg5 + ".gz.old": whole}, nil},
+		"plain next to its plain .partial":    {map[string][]byte{seg5: whole, seg5 + ".partial": partial}, whole},
+		"plain next to a compressed .backup":  {map[string][]byte{seg5: whole, seg5 + ".00000028.backup.gz": note}, whole},
+		"compressed next to a plain .backup":  {map[string][]byte{seg5 + ".gz": whole, seg5 + ".00000028.backup": note}, whole},
+		"plain and compressed":                {map[string][]byte{seg5: whole, seg5 + ".gz": whole}, whole},
+		"only a .partial":                     {map[string][]byte{seg5 + ".partial.gz": partial}, partial},
+		"compressed next to a plain .partial": {map[string][]byte{seg5 + ".gz": whole, seg5 + ".partial": partial}, whole},
+		"a damaged form next to a good one":   {map[string][]byte{seg5: whole[:100], seg5 + ".gz": whole}, whole},
+		"only a .backup":                      {map[string][]byte{seg5 + ".00000028.backup": note}, nil},
+		"only a longer name":                  {map[string][]byte{seg5 + ".gz.old": whole}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			bucket := newBucket(t)
@@ -679,6 +679,40 @@ func TestRestoreRefusesDamage(t *testing.T) {
 				t.Errorf("code %s", code)
 			}
 		})
+	}
+}
+
+// A damaged segment is not made good by a .partial, with which recovery would end early.
+func TestRestoreDamagedNextToPartial(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	s := openTestStore(t, storeFile(t, server, bucket))
+	mustArchive(t, s, writeWAL(t, seg5+".partial", segment(seg5, 16*mib, 7, 1)))
+	server.write(t, bucket, "main/wals/0000000100000000/"+seg5, []byte("damaged"))
+	_, err := fetch(t, s, seg5)
+	mustSay(t, err, errDamaged, seg5)
+}
+
+// What the listing has and the store then denies is trouble, not the end of the archive;
+// nor is a 404 that is no answer of an S3 server.
+func TestRestoreDoubtsNotFound(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	mustArchive(t, openTestStore(t, storeFile(t, server, bucket)), writeWAL(t, seg5, segment(seg5, mib, 7, 1)))
+	proxy := startFaultProxy(t, server)
+	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+	proxy.add(fault{Method: http.MethodGet, Path: regexp.MustCompile(`/wals/0`), Do: answerError, HTTP: 404, Code: "NoSuchKey"})
+	_, err := fetch(t, s, seg5)
+	mustSay(t, err, errTransient, "is listed", seg5)
+
+	for _, body := range []string{"", "<html>no backend</html>", "<Error><Code>NoSuchKey</Code></Error>"} {
+		gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(http.StatusNotFound)
+			io.WriteString(w, body)
+		}))
+		defer gateway.Close()
+		_, err := fetch(t, openTestStore(t, storeFileAt(t, server, gateway.URL, "s3://"+bucket)), seg5)
+		if mustSay(t, err, nil, "404", "check endpointURL"); errors.Is(err, errNotFound) {
+			t.Errorf("404 %q is the end of the archive: %v", body, err)
+		}
 	}
 }
 
@@ -757,6 +791,11 @@ func TestWALRestoreExitCodes(t *testing.T) {
 	r := runProgram(t, nil, "wal-restore", "--objectstore", storeFile(t, &wrongKey, bucket), "--server-name", "main", seg5, destination)
 	if r.Code <= 125 || !strings.Contains(r.Stderr, "Secret keys") {
 		t.Errorf("a wrong key ends with %d: %s", r.Code, r.Stderr)
+	}
+	for _, args := range [][]string{{"--no-such-flag", seg5, destination}, {"--objectstore", file, "--server-name", "main", seg5}, {seg5, destination}} {
+		if r := runProgram(t, nil, append([]string{"wal-restore"}, args...)...); r.Code <= 125 {
+			t.Errorf("%q ends with %d, as if the archive ended: %s", args, r.Code, r.Stderr)
+		}
 	}
 }
 
@@ -1101,7 +1140,9 @@ func TestArchiveLookAhead(t *testing.T) {
 	a := newArchiver(life)
 	defer func() { end(); a.workers.Wait() }()
 	pgWAL, contents := readyWAL(t, 1, 2, 3, 4, 5, 6, 7, 8)
-	archive := func(n uint64) error { return a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, n, mib))) }
+	archive := func(n uint64) error {
+		return a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, n, mib)), true)
+	}
 
 	if err := archive(1); err != nil {
 		t.Fatal(err)
@@ -1142,17 +1183,49 @@ func TestArchiveLookAheadFailure(t *testing.T) {
 	pgWAL, contents := readyWAL(t, 1, 2)
 	first, second := segmentName(1, 1, mib), segmentName(1, 2, mib)
 	denied := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(second), Do: answerError, HTTP: 403, Code: "AccessDenied"})
-	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, first)); err != nil {
+	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, first), true); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, "the failure", func() bool { return proxy.hits(denied) > 0 })
-	mustSay(t, a.archive(t.Context(), s, filepath.Join(pgWAL, second)), errDenied, second)
+	mustSay(t, a.archive(t.Context(), s, filepath.Join(pgWAL, second), true), errDenied, second)
 	proxy.clear()
-	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, second)); err != nil {
+	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, second), true); err != nil {
 		t.Fatal(err)
 	}
 	for name, content := range contents {
 		mustFetch(t, s, name, content)
+	}
+}
+
+// The first file of a cluster is stored alone: when storing it fails, its neighbours must not
+// be taken for another cluster's archive the next time.
+func TestArchiveLookAheadWaitsForTheFirst(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	source, err := newFileSource(storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "wal: {maxParallel: 3}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgWAL, contents := readyWAL(t, 1, 2, 3)
+	w := testWALService(t, source, "main-1", filepath.Dir(pgWAL))
+	archive := func(n uint64, check bool) error {
+		_, err := w.Archive(t.Context(), &wal.WALArchiveRequest{ClusterDefinition: []byte(mainCluster),
+			SourceFileName: filepath.Join(pgWAL, segmentName(1, n, mib)), CheckEmptyWalArchive: &check})
+		return err
+	}
+	denied := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(segmentName(1, 1, mib)), Do: answerError, HTTP: 403, Code: "AccessDenied"})
+	if err := archive(1, true); status.Code(err) != codes.PermissionDenied || proxy.hits(denied) == 0 {
+		t.Fatal(err)
+	}
+	w.archiver.workers.Wait()
+	proxy.clear()
+	for n := uint64(1); n <= 3; n++ {
+		if err := archive(n, n == 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, content := range contents {
+		mustFetch(t, openTestStore(t, storeFile(t, server, bucket)), name, content)
 	}
 }
 
@@ -1167,25 +1240,25 @@ func TestArchiveLookAheadStoreSwitched(t *testing.T) {
 	a := newArchiver(life)
 	defer func() { end(); a.workers.Wait() }()
 	pgWAL, contents := readyWAL(t, 1, 2, 3)
-	if err := a.archive(t.Context(), before, filepath.Join(pgWAL, segmentName(1, 1, mib))); err != nil {
+	if err := a.archive(t.Context(), before, filepath.Join(pgWAL, segmentName(1, 1, mib)), true); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, "the files behind it", func() bool { return len(server.keys(t, oldBucket, "")) == 3 })
 	for _, n := range []uint64{2, 3} {
 		name := segmentName(1, n, mib)
-		if err := a.archive(t.Context(), after, filepath.Join(pgWAL, name)); err != nil {
+		if err := a.archive(t.Context(), after, filepath.Join(pgWAL, name), true); err != nil {
 			t.Fatal(err)
 		}
 		mustFetch(t, after, name, contents[name])
 	}
 	third := filepath.Join(pgWAL, segmentName(1, 3, mib))
-	if err := a.archive(t.Context(), before, filepath.Join(pgWAL, segmentName(1, 2, mib))); err != nil {
+	if err := a.archive(t.Context(), before, filepath.Join(pgWAL, segmentName(1, 2, mib)), true); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(third, segment(segmentName(1, 3, mib), mib, 7, 99), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	mustSay(t, a.archive(t.Context(), before, third), errDifferent)
+	mustSay(t, a.archive(t.Context(), before, third, true), errDifferent)
 }
 
 // What PostgreSQL left behind is stored on SIGTERM, by an instance that has archived before.
@@ -1198,7 +1271,7 @@ func TestArchiveDrain(t *testing.T) {
 	if keys := server.keys(t, bucket, ""); len(keys) != 0 {
 		t.Errorf("an instance that never archived stored %q", keys)
 	}
-	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, 1, mib))); err != nil {
+	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, 1, mib)), true); err != nil {
 		t.Fatal(err)
 	}
 	a.drain(t.Context())
@@ -1329,11 +1402,24 @@ func TestPrefetchDuringRecovery(t *testing.T) {
 		return c.w.prefetch.missing == segmentName(1, 2, mib)
 	})
 	mustArchive(t, s, filepath.Join(pgWAL, segmentName(1, 2, mib)))
-	time.Sleep(missingLife)
 	c.must(segmentName(1, 2, mib), contents[segmentName(1, 2, mib)])
 	if code := c.ask(segmentName(1, 3, mib), wal.WALRestoreRequest_MODE_RECOVERY); code != codes.NotFound {
 		t.Errorf("the end of a recovery: %s", code)
 	}
+}
+
+// A prefetch leaves a .partial alone, and does not say that there is nothing.
+func TestPrefetchLeavesPartial(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket, "wal: {maxParallel: 4}")
+	s := openTestStore(t, file)
+	one, two := segmentName(1, 1, mib), segmentName(1, 2, mib)
+	mustArchive(t, s, writeWAL(t, one, segment(one, mib, 7, 1)))
+	mustArchive(t, s, writeWAL(t, two+".partial", segment(two, mib, 7, 2)))
+	c := newRestoreClient(t, file, strings.Replace(mainCluster, "main-1", "", 1))
+	c.must(one, segment(one, mib, 7, 1))
+	c.w.prefetch.workers.Wait()
+	c.must(two, segment(two, mib, 7, 2))
 }
 
 // A missing file costs one request, and is not asked for again within a second.
@@ -1348,6 +1434,24 @@ func TestMissingWALCostsOneRequest(t *testing.T) {
 	}
 	if n := len(proxy.seen(regexp.MustCompile(seg5))); n != 1 {
 		t.Errorf("five requests for a missing file made %d to the store", n)
+	}
+}
+
+// What a killed sidecar was fetching does not stay in pg_wal.
+func TestRestoreLeftovers(t *testing.T) {
+	pgdata := testDir(t)
+	pgWAL := filepath.Join(pgdata, "pg_wal")
+	if err := os.Mkdir(pgWAL, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{seg5, temporaryWAL + "1"} {
+		if err := os.WriteFile(filepath.Join(pgWAL, name), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	testWALService(t, nil, "main-1", pgdata)
+	if fileExists(filepath.Join(pgWAL, temporaryWAL+"1")) || !fileExists(filepath.Join(pgWAL, seg5)) {
+		t.Error("the leftover stays, or the segment does not")
 	}
 }
 
