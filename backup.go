@@ -260,7 +260,11 @@ func (b *baseBackup) run(ctx context.Context) error {
 		return err
 	}
 	b.info.Status, b.info.CopyStats = statusDone, b.copyStats()
-	if err := b.store.WriteBackupInfo(ctx, b.info); err != nil {
+	// No cancellation any more: the server may still carry out a request that was given up,
+	// and the DONE would come after the FAILED of undo.
+	commit, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
+	defer cancel()
+	if err := b.store.WriteBackupInfo(commit, b.info); err != nil {
 		return err
 	}
 	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.done.Load(),
@@ -1438,9 +1442,8 @@ func (a *archive) close() error {
 // abort ends the upload of an archive that is not closed and removes its parts. The
 // context of its writer must be over.
 func (a *archive) abort() {
-	// A codec that compresses in goroutines of its own ends them when it is reset.
-	if z, ok := a.codec.(interface{ Reset(io.Writer) }); ok && !a.closed {
-		z.Reset(io.Discard)
+	if !a.closed {
+		a.codec.Close() // for its goroutines and tables; what it still has to write is refused
 	}
 	a.object.Abort()
 }

@@ -599,6 +599,32 @@ func TestBackupCancelled(t *testing.T) {
 	}
 }
 
+// Once the DONE is on its way a backup is not cancelled any more: no later FAILED could
+// overtake it.
+func TestBackupCancelledAtTheEnd(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, s)
+	p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, storeFile(t, s, bucket))})
+	store := openTestStore(t, storeFileAt(t, s, proxy.Endpoint, "s3://"+bucket))
+	late := proxy.add(fault{Method: "PUT", Path: regexp.MustCompile("backup.info"), Do: delayReply, Delay: time.Second, Times: 1})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		waitFor(t, "the end", func() bool { return proxy.hits(late) == 1 })
+		cancel()
+	}()
+	info, err := takeBackup(ctx, store, backupOptions{Connection: p.connection(), FastCheckpoint: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := store.ReadBackupInfo(t.Context(), info.ID); err != nil || !b.Done() {
+		t.Errorf("backup.info %+v, %v", b, err)
+	}
+	if _, err := listArchives(t.Context(), store, info); err != nil {
+		t.Error(err)
+	}
+}
+
 // A killed backup leaves no backup.info, and the next one is not disturbed by what is left.
 func TestBackupKilled(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)

@@ -774,7 +774,8 @@ func (s *Store) wrap(op, key string, err error) error {
 		e.hint = fmt.Sprintf("bucket %q does not exist at %s: create it, or correct destinationPath of ObjectStore %s", s.bucket, where, s.Config.Name)
 	// The code decides, not the status: PostgreSQL takes "not found" for the end of the
 	// archive, and versitygw answers an unknown access key with a 404 too.
-	case code == "NoSuchKey", code == "NotFound", code == "NoSuchUpload":
+	// A HEAD has no body for a code. A list of nothing is empty, whatever else answers 404.
+	case op != "list" && (code == "NoSuchKey" || code == "NoSuchUpload"), op == "head" && code == "NotFound":
 		e.kind = errNotFound
 	case status == http.StatusPreconditionFailed, code == "ConditionalRequestConflict":
 		e.kind = errPrecondition
@@ -789,6 +790,8 @@ func (s *Store) wrap(op, key string, err error) error {
 		}
 	case status == http.StatusMovedPermanently, code == "AuthorizationHeaderMalformed", code == "IllegalLocationConstraintException":
 		e.hint = fmt.Sprintf("set the region of bucket %q: s3Credentials.region of ObjectStore %s", s.bucket, s.Config.Name)
+	case status == http.StatusNotFound:
+		e.hint = fmt.Sprintf("that is no answer of an S3 server: check endpointURL of ObjectStore %s, and what stands in front of %s", s.Config.Name, where)
 	case errors.As(err, &unknownCA), errors.As(err, &hostname):
 		e.hint = fmt.Sprintf("set endpointCA of ObjectStore %s to the CA that signed the certificate of %s", s.Config.Name, where)
 	case errors.Is(err, context.Canceled):
@@ -935,6 +938,9 @@ func (s *Store) listPage(ctx context.Context, input *s3.ListObjectsV2Input) (*s3
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	page, err := s.client.ListObjectsV2(ctx, input)
+	if err == nil && aws.ToBool(page.IsTruncated) && aws.ToString(page.NextContinuationToken) == "" {
+		return nil, fmt.Errorf("list %s: the server says that there is more, and not where it goes on", s.URL(*input.Prefix))
+	}
 	return page, s.wrap("list", *input.Prefix, err)
 }
 
@@ -1037,7 +1043,12 @@ func (r *objectReader) open() error {
 func (r *objectReader) Read(p []byte) (int, error) {
 	for {
 		if r.body == nil { // broken before: go on where it stopped
-			if err := r.open(); err != nil {
+			if err := r.open(); errors.Is(err, errTransient) {
+				if err = r.retry(err); err != nil {
+					return 0, err
+				}
+				continue
+			} else if err != nil {
 				return 0, err
 			}
 		}
@@ -1060,22 +1071,27 @@ func (r *objectReader) Read(p []byte) (int, error) {
 			r.close()
 			return n, nil
 		}
-		r.close()
-		if r.failures++; r.failures >= maxAttempts || r.ctx.Err() != nil {
-			if cause := r.ctx.Err(); cause != nil {
-				err = cause
-			} else if err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			} else if errors.Is(err, context.Canceled) { // by the watchdog
-				err = fmt.Errorf("no data for %s: %w", bodyStall, os.ErrDeadlineExceeded)
-			}
-			return 0, r.store.wrap("get", r.key, fmt.Errorf("broke off after %d of %d bytes: %w", r.offset, r.Size, err))
-		}
-		slog.Warn("Reading an object broke off, resuming", "object", r.store.URL(r.key), "offset", r.offset, "size", r.Size, "error", err)
-		if err := sleep(r.ctx, backoff(r.failures)); err != nil {
+		if err := r.retry(err); err != nil {
 			return 0, err
 		}
 	}
+}
+
+// retry waits before the next attempt, or returns the error that ends the reading.
+func (r *objectReader) retry(err error) error {
+	r.close()
+	if r.failures++; r.failures >= maxAttempts || r.ctx.Err() != nil {
+		if cause := r.ctx.Err(); cause != nil {
+			err = cause
+		} else if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		} else if errors.Is(err, context.Canceled) { // by the watchdog
+			err = fmt.Errorf("no data for %s: %w", bodyStall, os.ErrDeadlineExceeded)
+		}
+		return r.store.wrap("get", r.key, fmt.Errorf("broke off after %d of %d bytes: %w", r.offset, r.Size, err))
+	}
+	slog.Warn("Reading an object broke off, resuming", "object", r.store.URL(r.key), "offset", r.offset, "size", r.Size, "error", err)
+	return sleep(r.ctx, backoff(r.failures))
 }
 
 func (r *objectReader) close() {
@@ -1356,7 +1372,7 @@ func (w *objectWriter) Close() (err error) {
 			continue
 		case errors.Is(err, errNotFound):
 			// "No such upload" after a lost reply: an attempt of ours may have completed it.
-			if h, headErr := w.store.Head(w.ctx, w.key); headErr == nil && h.Size == w.size {
+			if h, headErr := w.store.Head(w.ctx, w.key); headErr == nil && h.Size == w.size && h.Metadata[contentSum] == w.o.Metadata[contentSum] {
 				err = nil
 			}
 		}
@@ -1492,7 +1508,7 @@ var codecs = []*codec{
 			if err == nil {
 				err = z.SetConcurrency(chunkSize, 2)
 			}
-			return z, err
+			return gzipWriter{z}, err
 		},
 		newReader: func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) }},
 	{name: "bzip2", suffix: ".bz2", low: 1, medium: 5, high: 9,
@@ -1564,11 +1580,26 @@ func newZstdWriter(w io.Writer, level int) (io.WriteCloser, error) {
 	return &zstdWriter{z, pool}, nil
 }
 
-// Close ends the frame. The writer must not be used again.
+// Close ends the frame. From then on the encoder is another writer's: nothing here must touch it.
 func (z *zstdWriter) Close() error {
+	if z.Encoder == nil {
+		return nil
+	}
 	err := z.Encoder.Close()
 	z.Encoder.Reset(nil)
 	z.pool.Put(z.Encoder)
+	z.Encoder = nil
+	return err
+}
+
+// gzipWriter ends the goroutines of its writer also when it fails.
+type gzipWriter struct{ *pgzip.Writer }
+
+func (z gzipWriter) Close() error {
+	err := z.Writer.Close()
+	if err != nil {
+		z.Writer.Reset(io.Discard)
+	}
 	return err
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
@@ -8,9 +9,11 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"reflect"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -529,6 +532,77 @@ func TestWriterCancelledAtTheBeginning(t *testing.T) {
 	}
 }
 
+// "No such upload" after a lost reply is a success only if it is our object that is there.
+func TestWriterUploadGone(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, s)
+	s.write(t, bucket, "key", make([]byte, minPartSize+1))
+	w := testStoreAt(t, s, proxy.Endpoint, bucket, "main").NewWriter(t.Context(), "key", putOptions{Metadata: map[string]string{contentSum: "ours"}})
+	if _, err := w.Write(random(t, minPartSize+1)); err != nil {
+		t.Fatal(err)
+	}
+	proxy.add(fault{Method: "POST", Path: regexp.MustCompile("uploadId"), Do: answerError, HTTP: 404, Code: "NoSuchUpload"})
+	if err := w.Close(); err == nil {
+		t.Error("somebody else's object of the same size was taken for ours")
+	}
+}
+
+// A codec whose output is refused ends its goroutines, and touches nothing any more.
+func TestCodecsGivenUp(t *testing.T) {
+	content := random(t, 4<<20)
+	before := runtime.NumGoroutine()
+	for _, c := range codecs {
+		a := &archive{object: testStore(t, testS3(t), "nowhere", "main").NewWriter(t.Context(), "key", putOptions{})}
+		var err error
+		if a.codec, err = c.compress(a.object, ""); err != nil {
+			t.Fatal(err)
+		}
+		a.tar = tar.NewWriter(a.codec)
+		if err := a.add(tar.Header{Name: "file"}, content[:1<<20]); err != nil {
+			t.Fatal(err)
+		}
+		a.object.cancel(context.Canceled)
+		if err := a.close(); err == nil {
+			t.Errorf("%s: closed without an error", c.name)
+		}
+		// another writer, which may have got what that one gave back
+		var stored bytes.Buffer
+		z, err := c.compress(&stored, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		z.Write(content[:1<<20])
+		a.abort()
+		z.Write(content[1<<20:])
+		if err := z.Close(); err != nil {
+			t.Error(c.name, err)
+		}
+		r, err := c.newReader(&stored)
+		if err != nil {
+			t.Fatal(c.name, err)
+		}
+		if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("%s: %d of %d bytes, %v", c.name, len(got), len(content), err)
+		}
+		r.Close()
+	}
+	waitFor(t, "the goroutines of the codecs", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// A listing that says that there is more and not where is an error, not an endless list.
+func TestListWithoutContinuation(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, `<ListBucketResult><IsTruncated>true</IsTruncated><Contents><Key>a</Key><Size>1</Size></Contents></ListBucketResult>`)
+	}))
+	defer server.Close()
+	s := testS3(t)
+	for o, err := range testStoreAt(t, s, server.URL, "bucket", "main").List(t.Context(), "") {
+		if err == nil || !strings.Contains(err.Error(), "there is more") {
+			t.Fatalf("%v, %v", o, err)
+		}
+	}
+}
+
 // A reply that is lost, or a server that is busy, does not make a write fail nor change
 // what is written.
 func TestWriterThroughFaults(t *testing.T) {
@@ -614,6 +688,14 @@ func TestReader(t *testing.T) {
 		}
 		proxy.clear()
 	}
+
+	// Broken off, and then the server is busy for longer than one request is retried.
+	proxy.add(fault{Method: "GET", Do: truncateBody, Bytes: 1000, Times: 1})
+	busy := proxy.add(fault{Method: "GET", Do: answerError, HTTP: 503, Code: "SlowDown", Times: maxAttempts + 1})
+	if got, err := read(); err != nil || !bytes.Equal(got, content) || proxy.hits(busy) != maxAttempts+1 {
+		t.Errorf("busy while resuming: %d bytes, %v, %d faults", len(got), err, proxy.hits(busy))
+	}
+	proxy.clear()
 
 	// Broken off again and again without a byte of progress.
 	proxy.add(fault{Method: "GET", Skip: 1, Do: truncateBody, Bytes: 0})
