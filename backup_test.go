@@ -73,11 +73,28 @@ func (p *postgres) balanced() {
 	}
 }
 
+// verifyBackup has PostgreSQL's own program compare a restored directory with its manifest.
+func (p *postgres) verifyBackup(dir string, args ...string) {
+	p.t.Helper()
+	mustRun(p.t, exec.Command(p.tool("pg_verifybackup"), append(args, "--no-parse-wal", dir)...))
+}
+
 // restoreWithBarman restores a backup by Barman's own programs, with tablespaces as
 // NAME:LOCATION, and recovers it to the end of the archive.
 func restoreWithBarman(t testing.TB, s *s3Server, bucket, id string, tablespaces ...string) *postgres {
 	t.Helper()
-	dir := filepath.Join(testDir(t), "restored")
+	dir := restoreFilesWithBarman(t, s, bucket, id, tablespaces...)
+	if err := os.WriteFile(filepath.Join(dir, "recovery.signal"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return startRestored(t, dir, fmt.Sprintf("restore_command=env AWS_ACCESS_KEY_ID=%s AWS_SECRET_ACCESS_KEY=%s AWS_DEFAULT_REGION=us-east-1 "+
+		"barman-cloud-wal-restore --endpoint-url %s s3://%s main %%f %%p", s.AccessKey, s.SecretKey, s.Endpoint, bucket))
+}
+
+// restoreFilesWithBarman restores a backup without starting a server on it.
+func restoreFilesWithBarman(t testing.TB, s *s3Server, bucket, id string, tablespaces ...string) (dir string) {
+	t.Helper()
+	dir = filepath.Join(testDir(t), "restored")
 	var args []string
 	for _, space := range tablespaces {
 		args = append(args, "--tablespace", space)
@@ -85,11 +102,7 @@ func restoreWithBarman(t testing.TB, s *s3Server, bucket, id string, tablespaces
 	if r := barman(t, s, nil, "barman-cloud-restore", append(args, "s3://"+bucket, "main", id, dir)...); r.Code != 0 {
 		t.Fatalf("barman-cloud-restore: exit code %d\n%s", r.Code, r.Stderr)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "recovery.signal"), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return startRestored(t, dir, fmt.Sprintf("restore_command=env AWS_ACCESS_KEY_ID=%s AWS_SECRET_ACCESS_KEY=%s AWS_DEFAULT_REGION=us-east-1 "+
-		"barman-cloud-wal-restore --endpoint-url %s s3://%s main %%f %%p", s.AccessKey, s.SecretKey, s.Endpoint, bucket))
+	return dir
 }
 
 // mustBackUp takes a backup with a fast checkpoint.
@@ -246,7 +259,7 @@ func TestBackupSplit(t *testing.T) {
 		t.Fatalf("only %d archives: %q", len(data), data)
 	}
 	// data.tar sorts before data_0001.tar
-	if last := tarNames(t, s, bucket, data[len(data)-1]); !slices.Equal(last[len(last)-2:], []string{"global/pg_control", "backup_label"}) {
+	if last := tarNames(t, s, bucket, data[len(data)-1]); !slices.Equal(last[len(last)-3:], []string{"global/pg_control", "backup_manifest", "backup_label"}) {
 		t.Errorf("%s ends with %q", data[len(data)-1], last[max(0, len(last)-3):])
 	}
 	for name, n := range seen {
@@ -278,6 +291,9 @@ func TestBackupTablespaces(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(p.tablespace("beside"), "foreign"), []byte("x"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	p.pgbenchTables(2)
+	p.Exec("ALTER TABLE pgbench_tellers SET TABLESPACE beside; ALTER TABLE pgbench_branches SET TABLESPACE inside")
+	stop := p.pgbenchLoad()
 	info := mustBackUp(t, testStoreFile(t, file, "main"), p, backupOptions{})
 
 	if len(info.Tablespaces) != 3 {
@@ -303,7 +319,17 @@ func TestBackupTablespaces(t *testing.T) {
 			}
 		}
 	}
+	stop()
+	p.WaitArchived(p.SwitchWAL())
+	ours := testDir(t)
+	if r := runProgram(t, nil, "restore", "--objectstore", file, "--server-name", "main", "--tablespace", "beside:"+ours+"/beside",
+		"--tablespace", "empty:"+ours+"/empty", ours+"/pgdata"); r.Code != 0 {
+		t.Fatalf("restore: exit code %d\n%s", r.Code, r.Stderr)
+	}
+	p.verifyBackup(ours+"/pgdata", "--ignore=spaces") // which it would see a second time, through no tablespace
 	to := testDir(t)
+	barmans := restoreFilesWithBarman(t, s, bucket, info.ID, "beside:"+to+"/one", "inside:"+to+"/two", "empty:"+to+"/three")
+	p.verifyBackup(barmans)
 	restored := restoreWithBarman(t, s, bucket, info.ID, "beside:"+to+"/beside", "inside:"+to+"/inside", "empty:"+to+"/empty")
 	if n := restored.Query("SELECT (SELECT count(*) FROM in_beside) + (SELECT count(*) FROM in_inside)"); n != "2000" {
 		t.Errorf("%s rows in the restored tablespaces", n)
@@ -442,12 +468,16 @@ func TestBackupOfStandby(t *testing.T) {
 	if err != nil || !slices.Equal(read.WALInBackup, info.WALInBackup) {
 		t.Errorf("WAL in the backup, read again: %q (%v)", read.WALInBackup, err)
 	}
-	found := false
+	found, manifests := false, 0
 	for _, key := range s.keys(t, bucket, "main/base/"+info.ID+"/data") {
 		for _, name := range tarNames(t, s, bucket, key) {
 			found = found || name == "pg_wal/"+info.EndWAL
 			switch name {
-			case "backup_manifest", "standby.signal", "backup_label.old", "tablespace_map.old", "tablespace_map", "postmaster.pid":
+			case "backup_manifest": // its own, not that of pg_basebackup
+				if manifests++; manifests > 1 {
+					t.Error("there are two manifests in the backup")
+				}
+			case "standby.signal", "backup_label.old", "tablespace_map.old", "tablespace_map", "postmaster.pid":
 				t.Errorf("%s is in the backup", name)
 			}
 		}

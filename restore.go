@@ -6,15 +6,22 @@ package main
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
+	"hash/maphash"
 	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math"
 	"os"
 	"path"
 	"path/filepath"
@@ -528,6 +535,9 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 	}
 	err = r.extractAll(ctx, archives, max(1, cmp.Or(o.Jobs, s.Config.Configuration.Data.Jobs, defaultJobs)))
 	if err == nil {
+		_, err = r.sums.check(b.BeginLSN)
+	}
+	if err == nil {
 		err = r.finish()
 	}
 	if err != nil {
@@ -546,6 +556,7 @@ type restorer struct {
 	// inside are the tablespace directories below PGDATA. Barman stores their files in
 	// data.tar as well as in their own archives, of which the latter count.
 	inside []string
+	sums   fileSums
 
 	mu sync.Mutex
 	// winners holds, for each staged file of PGDATA, the highest number of an archive
@@ -868,6 +879,10 @@ func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer
 	if h.Name == "" || !filepath.IsLocal(name) {
 		return fmt.Errorf("%w: its name leads out of the directory", errDamaged)
 	}
+	listed := name
+	if a.oid != 0 {
+		listed = fmt.Sprintf("pg_tblspc/%d/%s", a.oid, name)
+	}
 	t, name := r.route(a, name)
 	if t == nil {
 		return nil
@@ -881,7 +896,14 @@ func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer
 				return fmt.Errorf("%w: it is a sparse file, which no backup has", errDamaged)
 			}
 		}
-		return r.file(t, a, name, mode&maxFileMode|minFileMode, content, buffer)
+		summed, err := r.sums.reader(listed, content)
+		if err == nil {
+			err = r.file(t, a, name, mode&maxFileMode|minFileMode, summed, buffer)
+		}
+		if err == nil {
+			r.sums.add(listed, summed)
+		}
+		return err
 	case tar.TypeDir:
 		return t.directory(name, mode&maxDirMode|minDirMode)
 	case tar.TypeSymlink:
@@ -1026,6 +1048,141 @@ func (t *targetDir) withParent(name string, do func() error) error {
 		err = do()
 	}
 	return err
+}
+
+// ---------------------------------------------------------------------------
+// The files and their backup_manifest
+// ---------------------------------------------------------------------------
+
+// fileSums holds what was read of each file until the manifest comes, at the very end: 16
+// bytes for a file, of which the first half is a hash of its name, and the second made of
+// its checksum and size. Safe for concurrent use.
+type fileSums struct {
+	mu       sync.Mutex
+	files    [][2]uint64
+	manifest *spool
+}
+
+var nameSeed = maphash.MakeSeed()
+
+func fileSum(name string, size int64, crc uint32) [2]uint64 {
+	return [2]uint64{maphash.String(nameSeed, name), uint64(crc)<<32 | uint64(uint32(size))}
+}
+
+// summedReader computes size and CRC-32C of what is read from it.
+type summedReader struct {
+	io.Reader
+	size int64
+	crc  uint32
+	keep *spool // where the manifest goes
+}
+
+func (r *summedReader) Read(b []byte) (int, error) {
+	n, err := r.Reader.Read(b)
+	r.size += int64(n)
+	r.crc = crc32.Update(r.crc, castagnoli, b[:n])
+	if r.keep != nil {
+		if _, err := r.keep.z.Write(b[:n]); err != nil {
+			return n, err
+		}
+	}
+	return n, err
+}
+
+func (s *fileSums) reader(name string, content io.Reader) (r *summedReader, err error) {
+	r = &summedReader{Reader: content}
+	if name == manifestFile {
+		r.keep, err = newSpool()
+	}
+	return r, err
+}
+
+// add remembers a file that was read to its end.
+func (s *fileSums) add(name string, r *summedReader) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r.keep != nil {
+		s.manifest = r.keep
+		return
+	}
+	s.files = append(s.files, fileSum(name, r.size, r.crc))
+}
+
+// maxDifferences bounds what one error lists.
+const maxDifferences = 10
+
+// check compares the files with the manifest, if there is one and it is of the backup
+// that began at that LSN, and says whether it was: Barman stores any manifest that lies in
+// PGDATA, for example that of the pg_basebackup which made the server. Of checksums other
+// than CRC-32C, which this program does not write, only the size is compared.
+func (s *fileSums) check(begin string) (checked bool, err error) {
+	if s.manifest == nil {
+		return false, nil
+	}
+	defer s.manifest.b.free()
+	text, err := s.manifest.open()
+	if err != nil {
+		return false, err
+	}
+	defer text.Close()
+	slices.SortFunc(s.files, func(a, b [2]uint64) int { return cmp.Compare(a[0], b[0]) })
+	var differences []string
+	different, intact := 0, false
+	sum := sha256.New()
+	lines := bufio.NewScanner(text)
+	for lines.Scan() {
+		line := strings.TrimSuffix(lines.Text(), ",")
+		switch {
+		case strings.HasPrefix(line, `{ "Path"`), strings.HasPrefix(line, `{ "Encoded-Path"`):
+			if why := s.compare(line); why != "" {
+				if different++; different <= maxDifferences {
+					differences = append(differences, why)
+				}
+			}
+		case strings.Contains(line, `"Start-LSN"`):
+			var w walRange
+			if json.Unmarshal([]byte(line), &w) == nil && w.Start == begin {
+				checked = true
+			}
+		case strings.HasPrefix(line, `"Manifest-Checksum"`):
+			intact = line == fmt.Sprintf(`"Manifest-Checksum": "%x"}`, sum.Sum(nil))
+		}
+		fmt.Fprintln(sum, lines.Text())
+	}
+	switch {
+	case lines.Err() != nil:
+		return checked, fmt.Errorf("%s: %w: %w", manifestFile, errDamaged, lines.Err())
+	case !checked:
+		slog.Info("The backup_manifest in the backup is not its own and says nothing about it")
+	case !intact:
+		return true, fmt.Errorf("%s: %w: it does not have the checksum that it ends with", manifestFile, errDamaged)
+	case different > 0:
+		return true, fmt.Errorf("%w: %d files are not what %s says: %s", errDamaged, different, manifestFile, strings.Join(differences, "; "))
+	}
+	return checked, nil
+}
+
+// compare says how a file differs from its line in the manifest; "" when it does not.
+func (s *fileSums) compare(line string) string {
+	var e manifestEntry
+	if err := json.Unmarshal([]byte(line), &e); err != nil {
+		return fmt.Sprintf("%.80q: %v", line, err)
+	}
+	if name, err := hex.DecodeString(e.EncodedPath); err == nil && e.EncodedPath != "" {
+		e.Path = string(name)
+	}
+	wanted := fileSum(e.Path, e.Size, 0)
+	i, found := slices.BinarySearchFunc(s.files, wanted[0], func(f [2]uint64, name uint64) int { return cmp.Compare(f[0], name) })
+	if !found {
+		return e.Path + " is missing"
+	}
+	for ; i < len(s.files) && s.files[i][0] == wanted[0]; i++ { // Barman stores some files twice
+		crc, size := uint32(s.files[i][1]>>32), s.files[i][1]&math.MaxUint32
+		if size == wanted[1] && (e.Algorithm != "CRC32C" || e.Checksum == manifestSum(crc)) {
+			return ""
+		}
+	}
+	return e.Path + " has another size or checksum"
 }
 
 // ---------------------------------------------------------------------------

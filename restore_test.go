@@ -8,6 +8,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -542,6 +544,64 @@ func TestRestoreRefuses(t *testing.T) {
 			}
 			if after := fmt.Sprint(dirTree(t, parent)); after != before {
 				t.Errorf("something was touched:\nbefore %s\nafter  %s", before, after)
+			}
+		})
+	}
+}
+
+// The manifest counts if it is of this backup, and then for every file.
+func TestRestoreChecksManifest(t *testing.T) {
+	const begin, other = "0/3000028", "0/2000028"
+	file := func(name string, content string) tarEntry { return tarFile(name, content) }
+	listed := func(from string, names ...string) string {
+		b := &baseBackup{walRanges: []walRange{{1, from, "0/3000200"}}, info: &BackupInfo{}}
+		for _, name := range names {
+			if err := b.manifest.add(name, 7, time.Now(), crc32.Checksum([]byte("content"), castagnoli)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var out bytes.Buffer
+		a := &archive{tar: tar.NewWriter(&out)}
+		if err := b.addManifest(a); err != nil {
+			t.Fatal(err)
+		}
+		r := tar.NewReader(&out)
+		r.Next()
+		text, _ := io.ReadAll(r)
+		return string(text)
+	}
+	good := listed(begin, "base/5/1", "odd \xff\"name")
+	for name, c := range map[string]struct {
+		manifest string
+		content  string
+		want     string // of the error; "" is none
+	}{
+		"right":               {good, "content", ""},
+		"wrong":               {good, "c0ntent", "base/5/1 has another size or checksum"},
+		"longer":              {good, "content+", "base/5/1 has another size or checksum"},
+		"missing":             {listed(begin, "base/5/1", "base/5/2"), "content", "base/5/2 is missing"},
+		"of another backup":   {listed(other, "base/5/1", "base/5/2"), "c0ntent", ""},
+		"not to be trusted":   {strings.Replace(good, "base/5/1", "base/5/3", 1), "content", "checksum that it ends with"},
+		"cut short":           {good[:len(good)-20], "content", "checksum that it ends with"},
+		"no manifest in fact": {"something else", "c0ntent", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, bucket := testS3(t), newBucket(t)
+			store := testStore(t, s, bucket, "main")
+			b := testBackup(t, s, bucket, store, map[string][]byte{"data.tar": makeTar(t, plain(tarDir("base"), tarDir("base/5"),
+				file("base/5/1", c.content), file("odd \xff\"name", "content"), file("backup_manifest", c.manifest))...)},
+				func(b *BackupInfo) { b.BeginLSN = begin })
+			dir := t.TempDir() + "/pgdata"
+			err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: dir})
+			if c.want == "" {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			mustSay(t, err, errDamaged, c.want)
+			if fileExists(dir + "/global/pg_control") {
+				t.Error("there is a pg_control")
 			}
 		})
 	}
