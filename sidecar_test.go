@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -298,6 +300,133 @@ func TestSidecarKilled(t *testing.T) {
 	}
 	if got := startRestored(t, pgdata).Query("SELECT count(*), md5(string_agg(x, '' ORDER BY i)) FROM t"); got != want {
 		t.Errorf("backup %s restored as %s, not %s", result.BackupId, got, want)
+	}
+}
+
+// A server under load archives through a sidecar that is killed again and again, over a
+// network that loses, breaks and delays requests, and is backed up meanwhile. Nothing that
+// was acknowledged is missing or different, every backup that says DONE restores, and
+// recovery to the end has every row. SOAK_ROUNDS sets the number of kills.
+func TestSoak(t *testing.T) {
+	rounds := 8
+	if n, err := strconv.Atoi(os.Getenv("SOAK_ROUNDS")); err == nil {
+		rounds = n
+	}
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	configuration := []string{"wal: {compression: zstd, maxParallel: 4}", "data: {compression: zstd, immediateCheckpoint: true}"}
+	file, direct := storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, configuration...), storeFile(t, server, bucket, configuration...)
+	clusterFile := filepath.Join(testDir(t), "cluster.json")
+	if err := os.WriteFile(clusterFile, []byte(mainCluster), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(testDir(t), "s")
+	p := startPostgres(t, pgOptions{WALSegmentMB: 1, ArchiveCommand: fmt.Sprintf("%s --socket %s --cluster %s archive %%p", socketClient(t), socket, clusterFile)})
+	p.pgbenchTables(2)
+	backUp := func(s *sidecar) error {
+		_, err := backup.NewBackupClient(s.dial()).Backup(context.Background(), &backup.BackupRequest{ClusterDefinition: []byte(mainCluster)})
+		return err
+	}
+	s := startSidecar(t, socket, file, p.Dir, p.Env()...)
+	if err := backUp(s); err != nil {
+		t.Fatal(err)
+	}
+	stop := p.pgbenchLoad()
+
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d, %d rounds", seed, rounds)
+	r := rand.New(rand.NewPCG(seed, 0))
+	faults := []fault{
+		{Do: loseReply}, {Do: resetRequest}, {Do: delayRequest, Delay: 300 * time.Millisecond}, {Do: delayReply, Delay: 300 * time.Millisecond},
+		{Do: answerError, HTTP: 500, Code: "InternalError"}, {Do: answerError, HTTP: 503, Code: "SlowDown"},
+		{Method: http.MethodPut, Do: answerError, HTTP: 412, Code: "PreconditionFailed"},
+		{Method: http.MethodPut, Do: loseReply}, {Method: http.MethodPost, Do: loseReply}, {Method: http.MethodPut, Do: stallRequest},
+	}
+	good := 1
+	for round := range rounds {
+		finish := round%3 == 0 // let the backup come to its end, whatever that is
+		for range 8 {
+			f := faults[r.IntN(len(faults))]
+			if f.Do == stallRequest && finish {
+				continue // a stall is as long as the round
+			}
+			f.Skip, f.Times = r.IntN(20), 1+r.IntN(3)
+			proxy.add(f)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- backUp(s) }()
+		var err error
+		if finish {
+			err = <-ended
+		}
+		time.Sleep(time.Duration(r.IntN(2500)) * time.Millisecond)
+		s.kill()
+		if !finish {
+			err = <-ended
+		}
+		if err == nil {
+			good++
+		}
+		proxy.clear()
+		s = startSidecar(t, socket, file, p.Dir, p.Env()...)
+	}
+	stop()
+	const checksum = `SELECT (SELECT md5(string_agg(a::text, '' ORDER BY aid)) FROM pgbench_accounts AS a),
+		(SELECT count(*)::text || md5(string_agg(h::text, '' ORDER BY h::text)) FROM pgbench_history AS h)`
+	want := p.Query(checksum)
+	p.WaitArchived(p.SwitchWAL())
+
+	store := openTestStore(t, direct)
+	status := filepath.Join(p.Dir, "pg_wal", "archive_status")
+	entries, err := os.ReadDir(status)
+	if err != nil {
+		t.Fatal(err)
+	}
+	compared := 0
+	for _, e := range entries {
+		if name, done := strings.CutSuffix(e.Name(), ".done"); done {
+			content, err := os.ReadFile(filepath.Join(p.Dir, "pg_wal", name))
+			if err != nil {
+				continue // recycled meanwhile
+			}
+			mustFetch(t, store, name, content)
+			compared++
+		}
+	}
+	catalog, err := store.Catalog(t.Context())
+	if err != nil || len(catalog.Unreadable) > 0 {
+		t.Fatal(catalog, err)
+	}
+	catalog.Backups = slices.DeleteFunc(catalog.Backups, func(b *BackupInfo) bool { return !b.Done() })
+	if len(catalog.Backups) < good {
+		t.Errorf("%d backups were reported as good, and %d are", good, len(catalog.Backups))
+	}
+	t.Logf("%d backups are done, %d were reported; %d segments compared", len(catalog.Backups), good, compared)
+	// Recovery goes through a sidecar too, over the same network.
+	newFile := filepath.Join(testDir(t), "new.json")
+	if err := os.WriteFile(newFile, []byte(strings.Replace(mainCluster, "main-1", "", 1)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range []*BackupInfo{catalog.Backups[0], catalog.Backups[len(catalog.Backups)-1]} {
+		pgdata := filepath.Join(testDir(t), "pgdata")
+		if r := run(t, asPostgres(t, program(t), "restore", "--objectstore", direct, "--server-name", "main", "--backup-id", b.ID, pgdata)); r.Code != 0 {
+			t.Fatal(r.Stderr)
+		}
+		for range 30 {
+			f := []fault{{Do: loseReply}, {Do: resetRequest}, {Do: truncateBody, Bytes: 1000}, {Do: answerError, HTTP: 503, Code: "SlowDown"},
+				{Do: delayReply, Delay: 300 * time.Millisecond}, {Path: regexp.MustCompile("/wals/0"), Do: answerError, HTTP: 404, Code: "NoSuchKey"},
+				{Do: answerError, HTTP: 403, Code: "AccessDenied"}}[r.IntN(7)]
+			f.Method, f.Skip, f.Times = http.MethodGet, r.IntN(200), 1+r.IntN(3)
+			proxy.add(f)
+		}
+		job := startSidecar(t, filepath.Join(testDir(t), "s"), file, pgdata, "SPOOL_DIRECTORY="+testDir(t))
+		restored := startRestored(t, pgdata, fmt.Sprintf("restore_command=%s --socket %s --cluster %s restore %%f %%p", socketClient(t), job.socket, newFile))
+		if got := restored.Query(checksum); got != want {
+			t.Errorf("backup %s restored as %s, not %s", b.ID, got, want)
+		}
+		restored.balanced()
+		restored.Stop("immediate")
+		proxy.clear()
 	}
 }
 
