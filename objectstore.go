@@ -1738,7 +1738,7 @@ var backupInfoFields = []struct {
 			if b.BackupName == "" {
 				return nil // Barman leaves this line out, and only this one
 			}
-			return &b.BackupName
+			return aws.String(oneLine(b.BackupName))
 		},
 		func(b *BackupInfo, v string) error { b.BackupName = v; return nil }},
 	intField("begin_offset", func(b *BackupInfo) *int64 { return &b.BeginOffset }),
@@ -1837,16 +1837,14 @@ type backupInfoField = struct {
 	parse  func(*BackupInfo, string) error
 }
 
-// textField is a line that holds plain text, None when empty. Newlines cannot be in it.
+// oneLine keeps a text from being more than its line.
+func oneLine(s string) string { return strings.NewReplacer("\n", " ", "\r", " ").Replace(s) }
+
+// textField is a line that holds plain text, None when empty.
 func textField(key string, p func(*BackupInfo) *string) backupInfoField {
 	return backupInfoField{key,
 		func(b *BackupInfo) *string {
-			return aws.String(cmp.Or(strings.Map(func(r rune) rune {
-				if r == '\n' || r == '\r' {
-					return ' '
-				}
-				return r
-			}, *p(b)), "None"))
+			return aws.String(cmp.Or(oneLine(*p(b)), "None"))
 		},
 		func(b *BackupInfo, v string) error { *p(b) = v; return nil }}
 }

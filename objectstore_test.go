@@ -243,6 +243,9 @@ func TestBackupInfo(t *testing.T) {
 	if err != nil || again.BackupLabel != b.BackupLabel || !reflect.DeepEqual(again.Tablespaces, b.Tablespaces) || !again.BeginTime.Equal(b.BeginTime) || again.Done() {
 		t.Errorf("read again: %+v, %v", again, err)
 	}
+	if b.BackupName = "a\nstatus=DONE"; !strings.Contains(string(b.marshal()), "\nbackup_name=a status=DONE\n") {
+		t.Error("a name is more than its line")
+	}
 	b.BackupName = ""
 	if strings.Contains(string(b.marshal()), "backup_name") {
 		t.Error("there is a backup_name line without a name")
