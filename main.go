@@ -322,7 +322,7 @@ func runBackup(ctx context.Context, args []string) error {
 	defer p.stop()
 	info, err := takeBackup(ctx, s, backupOptions{
 		Name:           *name,
-		FastCheckpoint: *immediate || s.Config.Configuration.Data.ImmediateCheckpoint,
+		FastCheckpoint: *immediate,
 		Progress:       p.update,
 	})
 	if err != nil {

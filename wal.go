@@ -171,17 +171,6 @@ type walObject struct {
 	codec *codec
 }
 
-// walPresent says whether a WAL file is in the archive; a .partial does not count as its segment.
-func walPresent(ctx context.Context, s *Store, name string) (bool, error) {
-	objects, err := walObjects(ctx, s, name)
-	for _, o := range objects {
-		if o.Name == name {
-			return true, nil
-		}
-	}
-	return false, err
-}
-
 // ---------------------------------------------------------------------------
 // The header of a segment
 // ---------------------------------------------------------------------------
