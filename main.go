@@ -45,6 +45,8 @@ By hand, with an ObjectStore and its Secrets in a YAML file:
   wal-restore   fetch one WAL file                    wal-restore FLAGS NAME DESTINATION
   backup        take a base backup                    backup FLAGS
   list          list the base backups                 list FLAGS
+  verify        read backups and their WAL without      verify FLAGS [BACKUP]
+                restoring them, and check everything
   restore       restore a base backup into an empty   restore FLAGS DIRECTORY
                 directory, ready for recovery
 
@@ -62,6 +64,7 @@ var subcommands = map[string]func(ctx context.Context, args []string) error{
 	"wal-restore": runWALRestore,
 	"backup":      runBackup,
 	"list":        runList,
+	"verify":      runVerify,
 	"restore":     runRestore,
 	"version":     func(context.Context, []string) error { fmt.Println(version); return nil },
 }
@@ -145,7 +148,8 @@ func logFlags(fs *flag.FlagSet) {
 	})
 }
 
-// parseFlags reads the flags and checks that n arguments follow them.
+// parseFlags reads the flags and checks that n arguments follow them, or less by those
+// whose names are in brackets.
 func parseFlags(fs *flag.FlagSet, args []string, n int, names ...string) error {
 	fs.Usage = func() {
 		fmt.Fprintf(fs.Output(), "Usage: cnpg-barman-s3 %s\n\n", strings.Join(append([]string{fs.Name(), "FLAGS"}, names...), " "))
@@ -157,7 +161,13 @@ func parseFlags(fs *flag.FlagSet, args []string, n int, names ...string) error {
 		}
 		return exitStatus(exitUsage) // the flag package has told it
 	}
-	if fs.NArg() != n {
+	least := n
+	for _, name := range names {
+		if name[0] == '[' {
+			least--
+		}
+	}
+	if fs.NArg() > n || fs.NArg() < least {
 		return usageError{fmt.Errorf("%s takes %d arguments after its flags (%s), not %d; see cnpg-barman-s3 %s --help",
 			fs.Name(), n, strings.Join(names, " "), fs.NArg(), fs.Name())}
 	}
@@ -424,6 +434,66 @@ func runList(ctx context.Context, args []string) error {
 			r.Timeline, dash(r.BeginWAL), dash(r.EndWAL), byteCount(r.Size), r.BadPageCount)
 	}
 	return w.Flush()
+}
+
+func runVerify(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("verify", flag.ContinueOnError)
+	var store storeFlags
+	store.add(fs)
+	asJSON := fs.Bool("json", false, "print as JSON")
+	if err := parseFlags(fs, args, 1, "[BACKUP]"); err != nil {
+		return err
+	}
+	s, err := store.open(ctx)
+	if err != nil {
+		return err
+	}
+	p := startProgress("verify")
+	defer p.stop()
+	v, err := verifyStore(ctx, s, fs.Arg(0), p.update)
+	if err != nil {
+		return err
+	}
+	p.stop()
+	if *asJSON {
+		encoder := json.NewEncoder(os.Stdout)
+		encoder.SetIndent("", "  ")
+		err = encoder.Encode(v)
+	} else {
+		err = printVerification(v)
+	}
+	if err == nil && !v.OK {
+		err = exitStatus(exitFailed)
+	}
+	return err
+}
+
+func printVerification(v *verification) error {
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	verdict := func(problems []string) string {
+		if len(problems) == 0 {
+			return "ok"
+		}
+		return fmt.Sprintf("%d problems", len(problems))
+	}
+	var problems []string
+	fmt.Fprintln(w, "ID\tSTATUS\tARCHIVES\tFILES\tSIZE\tMANIFEST\tBAD PAGES\tVERDICT")
+	for _, b := range v.Backups {
+		result := verdict(b.Problems)
+		if b.Status != statusDone && len(b.Problems) == 0 {
+			result = "-"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%t\t%d\t%s\n", b.ID, b.Status, b.Archives, b.Files, byteCount(b.Bytes), b.Manifest, b.BadPages, result)
+		for _, p := range b.Problems {
+			problems = append(problems, b.ID+": "+p)
+		}
+	}
+	w.Flush()
+	fmt.Printf("WAL from %s to %s: %d segments, %s: %s\n", dash(v.WAL.From), dash(v.WAL.To), v.WAL.Segments, byteCount(v.WAL.Bytes), verdict(v.WAL.Problems))
+	for _, p := range append(problems, v.WAL.Problems...) {
+		fmt.Println(p)
+	}
+	return nil
 }
 
 // listRow is one backup as `list` shows it. Size is the bytes that its objects take in the bucket.

@@ -883,6 +883,19 @@ func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer
 	if a.oid != 0 {
 		listed = fmt.Sprintf("pg_tblspc/%d/%s", a.oid, name)
 	}
+	if r.data == nil { // only to be verified
+		if h.Typeflag != tar.TypeReg {
+			return nil
+		}
+		summed, err := r.sums.reader(listed, content)
+		if err == nil {
+			_, err = io.CopyBuffer(io.Discard, struct{ io.Reader }{summed}, buffer)
+		}
+		if err == nil {
+			r.sums.add(listed, summed)
+		}
+		return err
+	}
 	t, name := r.route(a, name)
 	if t == nil {
 		return nil
@@ -1269,6 +1282,268 @@ func (t *targetDir) syncDir(name string) error {
 	}
 	defer d.Close()
 	return d.Sync()
+}
+
+// ---------------------------------------------------------------------------
+// Verifying without restoring
+// ---------------------------------------------------------------------------
+
+// verification is what verifyStore has found.
+type verification struct {
+	ServerName string            `json:"serverName"`
+	OK         bool              `json:"ok"`
+	Backups    []*verifiedBackup `json:"backups"`
+	WAL        verifiedWAL       `json:"wal"`
+
+	store    *Store
+	mu       sync.Mutex
+	progress func(done, total int64)
+	done     int64
+	total    int64
+}
+
+// verifiedBackup is one backup. Only one that is DONE is read; another has only its status.
+type verifiedBackup struct {
+	ID       string   `json:"id"`
+	Status   string   `json:"status"` // as list has it
+	Archives int      `json:"archives"`
+	Files    int      `json:"files"`
+	Bytes    int64    `json:"bytes"`    // as stored
+	Manifest bool     `json:"manifest"` // it has one, and its files were compared with it
+	BadPages int      `json:"badPages,omitempty"`
+	Problems []string `json:"problems,omitempty"`
+
+	info     *BackupInfo
+	archives []dataArchive
+}
+
+// verifiedWAL is the WAL from the beginning of the oldest verified backup to the newest
+// segment in the archive, along the timelines that lead there.
+type verifiedWAL struct {
+	From     string   `json:"from,omitempty"`
+	To       string   `json:"to,omitempty"`
+	Segments int      `json:"segments"`
+	Bytes    int64    `json:"bytes"` // as stored
+	Problems []string `json:"problems,omitempty"`
+}
+
+// problem adds to a list what is wrong with an object, but returns an error that says
+// nothing about it, since the store could not be asked.
+func (v *verification) problem(list *[]string, err error) error {
+	var store *storeError
+	if errors.As(err, &store) && !errors.Is(err, errNotFound) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	if err != nil {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		*list, v.OK = append(*list, err.Error()), false
+	}
+	return nil
+}
+
+// verifyStore reads the backup of that id, or all backups, and the WAL that follows, as a
+// restore would: every byte is fetched, decompressed and compared with the checksums that
+// there are. It returns an error only when it cannot find out.
+func verifyStore(ctx context.Context, s *Store, id string, progress func(done, total int64)) (*verification, error) {
+	v := &verification{ServerName: s.Config.ServerName, OK: true, Backups: []*verifiedBackup{}, store: s, progress: progress}
+	catalog, err := s.Catalog(ctx)
+	if err != nil {
+		return nil, err
+	}
+	add := func(b *verifiedBackup) {
+		if id == "" || b.ID == id {
+			v.Backups = append(v.Backups, b)
+		}
+	}
+	for _, b := range catalog.Backups {
+		add(&verifiedBackup{ID: b.ID, Status: b.Status, BadPages: b.BadPageCount, info: b})
+	}
+	for _, missing := range catalog.Incomplete {
+		add(&verifiedBackup{ID: missing, Status: "INCOMPLETE"})
+	}
+	for bad, err := range catalog.Unreadable {
+		b := &verifiedBackup{ID: bad, Status: "UNREADABLE"}
+		if id == "" || bad == id {
+			v.problem(&b.Problems, err)
+		}
+		add(b)
+	}
+	if id != "" && len(v.Backups) == 0 {
+		return nil, fmt.Errorf("%w: there is no backup %s at %s", errNoBackup, id, s.URL(s.key("base/")))
+	}
+	slices.SortFunc(v.Backups, func(a, b *verifiedBackup) int { return strings.Compare(a.ID, b.ID) })
+
+	var done []*verifiedBackup
+	for _, b := range v.Backups {
+		if b.info == nil || !b.info.Done() {
+			continue
+		}
+		done = append(done, b)
+		if b.archives, err = listArchives(ctx, s, b.info); err != nil {
+			if err := v.problem(&b.Problems, err); err != nil {
+				return nil, err
+			}
+		}
+		for _, a := range b.archives {
+			b.Bytes += a.Size
+			b.Archives++
+		}
+		v.total += b.Bytes
+	}
+	wal, err := v.findWAL(ctx, done)
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range done {
+		if err := v.verifyBackup(ctx, b); err != nil {
+			return nil, err
+		}
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(max(1, s.Config.Configuration.WAL.MaxParallel, defaultJobs))
+	for _, o := range wal {
+		g.Go(func() error { return v.problem(&v.WAL.Problems, v.verifyWAL(ctx, o)) })
+	}
+	err = g.Wait()
+	slices.Sort(v.WAL.Problems)
+	return v, err
+}
+
+// verifyBackup reads the archives of a backup to their ends.
+func (v *verification) verifyBackup(ctx context.Context, b *verifiedBackup) error {
+	r := &restorer{store: v.store, backup: b.info, total: v.total}
+	r.progress = func(done, _ int64) { v.progress(v.done+done, v.total) }
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(max(1, cmp.Or(v.store.Config.Configuration.Data.Jobs, defaultJobs)))
+	for _, a := range b.archives {
+		g.Go(func() error {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			return v.problem(&b.Problems, r.extract(ctx, a))
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	v.done += b.Bytes
+	b.Files = len(r.sums.files)
+	control := fileSum(controlFile, 0, 0)[0]
+	if b.archives != nil && !slices.ContainsFunc(r.sums.files, func(f [2]uint64) bool { return f[0] == control }) {
+		v.problem(&b.Problems, fmt.Errorf("%w: no archive of the backup has %s: the last one is missing, or cannot be read", errDamaged, controlFile))
+	}
+	var err error
+	b.Manifest, err = r.sums.check(b.info.BeginLSN)
+	return v.problem(&b.Problems, err)
+}
+
+// neededWAL is a stored form of a segment that some backup needs.
+type neededWAL struct {
+	walObject
+	systemID uint64
+}
+
+// findWAL finds out which segments the backups need, tells those that are not there, and
+// returns the stored forms of the others.
+func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) ([]neededWAL, error) {
+	stored, newest, histories := map[string][]walObject{}, map[uint32]string{}, timelineHistories{}
+	for o, err := range v.store.List(ctx, v.store.key("wals/")) {
+		if err != nil {
+			return nil, err
+		}
+		base, c := splitSuffix(path.Base(o.Key))
+		w, err := parseWALName(base)
+		object := walObject{object: o, Name: base, codec: c}
+		switch {
+		case err != nil:
+		case w.Kind == walSegment:
+			stored[base] = append(stored[base], object)
+			newest[w.Timeline] = max(newest[w.Timeline], base)
+		case w.Kind == walHistory:
+			var content bytes.Buffer
+			err := readWAL(ctx, v.store, object, &content)
+			if err == nil {
+				histories[w.Timeline], err = parseTimelineHistory(content.Bytes())
+			}
+			if err := v.problem(&v.WAL.Problems, err); err != nil {
+				return nil, err
+			}
+		}
+	}
+	needed := map[string]uint64{} // to system identifiers
+	for _, b := range backups {
+		begin, beginErr := parseLSN(b.info.BeginLSN)
+		end, endErr := parseLSN(b.info.EndLSN)
+		size := b.info.WALSegmentSize
+		if beginErr != nil || endErr != nil || !validSegmentSize(size) {
+			v.problem(&b.Problems, fmt.Errorf("%w: its backup.info has no begin_xlog, end_xlog and xlog_segment_size", errBadBackupInfo))
+			continue
+		}
+		systemID, _ := strconv.ParseUint(b.info.SystemID, 10, 64) // 0 is not compared
+		timeline := timelineOf(b.info.EndWAL, b.info.Timeline)
+		for t := range newest {
+			if t > timeline && histories.offLine(t, timelineOf(b.info.EndWAL, b.info.Timeline), end) == "" {
+				timeline = t
+			}
+		}
+		if w, err := parseWALName(newest[timeline]); err == nil {
+			end = max(end, LSN((w.number(size)+1)*uint64(size)))
+		}
+		for _, name := range requiredSegments(begin, end, timeline, histories[timeline], size) {
+			if !slices.Contains(b.info.WALInBackup, name) {
+				needed[name] = systemID
+			}
+		}
+	}
+	var found []neededWAL
+	var gap []string
+	tell := func() {
+		switch n := len(gap); {
+		case n == 1:
+			v.problem(&v.WAL.Problems, fmt.Errorf("%w: %s", errWALMissing, gap[0]))
+		case n > 1:
+			v.problem(&v.WAL.Problems, fmt.Errorf("%w: %s to %s (%d segments)", errWALMissing, gap[0], gap[n-1], n))
+		}
+		gap = nil
+	}
+	for _, name := range slices.Sorted(maps.Keys(needed)) {
+		v.WAL.From, v.WAL.To = cmp.Or(v.WAL.From, name), name
+		if len(stored[name]) == 0 {
+			gap = append(gap, name)
+			continue
+		}
+		tell()
+		v.WAL.Segments++
+		for _, o := range stored[name] {
+			found = append(found, neededWAL{o, needed[name]})
+			v.WAL.Bytes += o.Size
+			v.total += o.Size
+		}
+	}
+	tell()
+	return found, nil
+}
+
+// verifyWAL reads and judges one stored form of a segment.
+func (v *verification) verifyWAL(ctx context.Context, o neededWAL) error {
+	name, err := parseWALName(o.Name)
+	if err != nil {
+		return err
+	}
+	var header [walLongHeaderSize]byte
+	counter := &countWriter{}
+	if err := readWAL(ctx, v.store, o.walObject, io.MultiWriter(counter, &headWriter{header[:0]})); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	v.done += o.Size
+	v.progress(v.done, v.total)
+	v.mu.Unlock()
+	if err := checkSegment(name, header[:], counter.n, o.systemID); err != nil {
+		return fmt.Errorf("%s: %w", v.store.URL(o.Key), err)
+	}
+	return nil
 }
 
 // ---------------------------------------------------------------------------

@@ -1328,3 +1328,92 @@ func TestRestorePointInTime(t *testing.T) {
 		t.Errorf("a backup that is not on the line: exit code %d\n%s", r.Code, r.Stderr)
 	}
 }
+
+// What verify says of an archive that is whole, and of each way in which it is not.
+func TestVerify(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, s, bucket, "wal: {compression: gzip}")
+	p := startPostgres(t, pgOptions{Checksums: true, ArchiveCommand: archivingTo(t, file)})
+	p.Exec("CREATE TABLE t AS SELECT n, repeat('x', 100) FROM generate_series(1, 1000) n")
+	store := testStoreFile(t, file, "main")
+	id := mustBackUp(t, store, p, backupOptions{}).ID
+	table := p.Query("SELECT pg_relation_filepath('t')")
+	var wals []string
+	for range 3 {
+		p.Exec("INSERT INTO t VALUES (0, 'more')")
+		wals = append(wals, p.SwitchWAL())
+		p.WaitArchived(wals[len(wals)-1])
+	}
+	wal := wals[1]
+	p.Stop("fast")
+	verify := func(code int, words ...string) {
+		t.Helper()
+		r := runProgram(t, nil, "verify", "--objectstore", file, "--server-name", "main", "--json", id)
+		if r.Code != code {
+			t.Errorf("exit code %d, want %d\n%s%s", r.Code, code, r.Stdout, r.Stderr)
+		}
+		for _, word := range words {
+			if !strings.Contains(r.Stdout, word) {
+				t.Errorf("it does not say %q:\n%s", word, r.Stdout)
+			}
+		}
+	}
+	verify(0, `"ok": true`, `"manifest": true`, `"to": "`)
+	if r := runProgram(t, nil, "verify", "--objectstore", file, "--server-name", "main"); r.Code != 0 || !strings.Contains(r.Stdout, "ok") {
+		t.Errorf("exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
+
+	dir := "main/base/" + id + "/"
+	archives := s.keys(t, bucket, dir+"data")
+	segment := s.keys(t, bucket, "main/wals/"+wal[:16]+"/"+wal+".gz")[0]
+	// damage changes the object on the disk of the server, and undoes that after f.
+	damage := func(key string, change func(path string) error, words ...string) {
+		t.Helper()
+		path := filepath.Join(s.Dir, bucket, key)
+		content, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := change(path); err != nil {
+			t.Fatal(err)
+		}
+		verify(1, append(words, `"ok": false`)...)
+		if err := os.WriteFile(path, content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	flip := func(at int) func(string) error {
+		return func(path string) error {
+			content, err := os.ReadFile(path)
+			if err == nil {
+				content[at] ^= 1
+				err = os.WriteFile(path, content, 0o644)
+			}
+			return err
+		}
+	}
+	for _, key := range archives {
+		content, _ := s.read(t, bucket, key)
+		if at := bytes.Index(content, []byte(strings.Repeat("x", 100))); at >= 0 && slices.Contains(tarNames(t, s, bucket, key), table) {
+			damage(key, flip(at), table+" has another size or checksum")
+			if err := flip(at)(filepath.Join(s.Dir, bucket, key)); err != nil {
+				t.Fatal(err)
+			}
+			b, err := store.ReadBackupInfo(t.Context(), id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mustSay(t, restoreBackup(t.Context(), store, b, restoreOptions{Dir: t.TempDir() + "/pgdata"}), errDamaged, table)
+			if err := flip(at)(filepath.Join(s.Dir, bucket, key)); err != nil { // and back
+				t.Fatal(err)
+			}
+		}
+	}
+	last := archives[len(archives)-1]
+	damage(last, func(path string) error { return os.Truncate(path, 10<<10) }, last)
+	damage(last, os.Remove, "pg_control")
+	damage(archives[0], os.Remove, "data")
+	damage(segment, flip(1000), wal)
+	damage(segment, os.Remove, "WAL is missing in the archive: "+wal)
+	damage(dir+"backup.info", flip(100), "UNREADABLE", "checksum")
+}
