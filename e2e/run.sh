@@ -10,7 +10,7 @@
 #   S3_ENDPOINT     an S3 server as Pods see it             (http://s3.s3.svc:9000)
 #   S3_SECRET       namespace/name of a Secret with ACCESS_KEY_ID and ACCESS_SECRET_KEY,
 #                   which may make buckets                  (default/s3-creds)
-#   E2E_NAMESPACE   made anew, and deleted at the end       (barman-e2e)
+#   E2E_NAMESPACE   must not exist; deleted at the end      (barman-e2e-TIME)
 #   E2E_LOGS        where logs of a failure go              (bin/e2e-logs)
 #   E2E_CASES       only these cases: a pattern for the names of their functions; most need
 #                   deploy|archive|backup
@@ -26,10 +26,10 @@ IMAGE_IMPORT=${IMAGE_IMPORT:?set it to the command that loads an image archive i
 PG_IMAGE=${PG_IMAGE:-}
 S3_ENDPOINT=${S3_ENDPOINT:-http://s3.s3.svc:9000}
 S3_SECRET=${S3_SECRET:-default/s3-creds}
-E2E_NAMESPACE=${E2E_NAMESPACE:-barman-e2e}
 E2E_LOGS=${E2E_LOGS:-bin/e2e-logs}
 operator_namespace=$(sed -n 's/^  namespace: //p' deploy.yaml | head -1)
 run_id=$(date -u +%Y%m%d%H%M%S)
+E2E_NAMESPACE=${E2E_NAMESPACE:-barman-e2e-$run_id}
 plugin=barman-cloud.cloudnative-pg.io
 sidecar="plugin-barman-cloud"
 image=$(sed -n 's/^ *image: //p' deploy.yaml | head -1)
@@ -38,7 +38,7 @@ image=$(sed -n 's/^ *image: //p' deploy.yaml | head -1)
 # Telling, waiting, asking
 # ---------------------------------------------------------------------------
 
-passed=0 failed=0 skipped=0
+passed=0 failed=0 skipped=0 running=
 began=$(date +%s)
 say() { printf '%4d s  %s\n' "$(($(date +%s) - began))" "$*"; }
 fail() { say "    FAILED: $*"; return 1; }
@@ -46,14 +46,16 @@ k() { kubectl -n "$E2E_NAMESPACE" "$@"; }
 
 # a case is a function; it runs by itself, and what it prints belongs to it
 case_() { # case_ WHAT FUNCTION
-  local status t0
+  local status t0 # and running, which cleanup reads
   if ! [[ $2 =~ ^(${E2E_CASES:-.*})$ ]]; then skipped=$((skipped + 1)); return; fi
   t0=$(date +%s)
   say "--- $1"
-  set +e
-  (set -e; "$2")
-  status=$?
-  set -e
+  # in the background, so that an interruption does not have to wait for it
+  (set -e; "$2") &
+  running=$!
+  status=0
+  wait "$running" || status=$?
+  running=
   if [ $status = 0 ]; then
     passed=$((passed + 1))
     say "    ok: $1 ($(($(date +%s) - t0)) s)"
@@ -371,9 +373,16 @@ restore_failed() { k logs -l cnpg.io/cluster=pg-nobody --all-containers --tail=-
 # ---------------------------------------------------------------------------
 
 mkdir -p "$E2E_LOGS"
-kubectl delete namespace "$E2E_NAMESPACE" --ignore-not-found --timeout 180s
-kubectl create namespace "$E2E_NAMESPACE" >/dev/null
-[ -n "${E2E_KEEP:-}" ] || trap 'kubectl delete namespace "$E2E_NAMESPACE" --ignore-not-found --wait=false >/dev/null' EXIT
+kubectl create namespace "$E2E_NAMESPACE"
+cleanup() { # nothing of a run goes on after it, not even when it is interrupted
+  status=$?
+  trap - EXIT
+  [ -z "$running" ] || kill "$running" 2>/dev/null || true
+  [ -n "${E2E_KEEP:-}" ] || kubectl delete namespace "$E2E_NAMESPACE" --ignore-not-found --wait=false >/dev/null || true
+  exit "$status"
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
 kubectl -n "${S3_SECRET%/*}" get secret "${S3_SECRET#*/}" -o yaml |
   sed "s/^  name: .*/  name: s3-creds/; s/^  namespace: .*/  namespace: $E2E_NAMESPACE/; /uid:\|resourceVersion:\|creationTimestamp:/d" | k apply -f - >/dev/null
 
