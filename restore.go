@@ -1154,8 +1154,10 @@ func (s *fileSums) check(begin string) (checked bool, err error) {
 			}
 		case strings.Contains(line, `"Start-LSN"`):
 			var w walRange
-			if json.Unmarshal([]byte(line), &w) == nil && w.Start == begin {
-				checked = true
+			if json.Unmarshal([]byte(line), &w) == nil {
+				start, startErr := parseLSN(w.Start)
+				first, firstErr := parseLSN(begin) // the digits of the server, which from 19 on have leading zeros
+				checked = checked || startErr == nil && firstErr == nil && start == first
 			}
 		case strings.HasPrefix(line, `"Manifest-Checksum"`):
 			intact = line == fmt.Sprintf(`"Manifest-Checksum": "%x"}`, sum.Sum(nil))
