@@ -292,8 +292,12 @@ func runWALArchive(ctx context.Context, args []string) error {
 
 func runWALRestore(ctx context.Context, args []string) error {
 	err := walRestore(ctx, args)
-	if err == nil || errors.Is(err, errNotFound) || errors.Is(err, flag.ErrHelp) {
+	switch {
+	case err == nil || errors.Is(err, flag.ErrHelp):
 		return err
+	case errors.Is(err, errNotFound): // as at the end of every recovery
+		slog.Info("Not found", "error", err)
+		return exitStatus(exitFailed)
 	}
 	slog.Error("wal-restore failed", "error", err)
 	return exitStatus(exitNoAttempt) // also for a bad command line, which must not look like the end of the archive
