@@ -54,7 +54,7 @@ type backupOptions struct {
 	Connection string
 	// PGData is where this process sees the data directory; "" is where the server says it is.
 	PGData string
-	// WALTimeout is how long the WAL of the backup may take to reach the bucket.
+	// WALTimeout is how long archiving may stand still while the backup waits for its WAL.
 	WALTimeout time.Duration
 	// StandbyPatience is how long a standby waits for its last segment before it stores
 	// its own copy of it.
@@ -686,16 +686,21 @@ func (b *baseBackup) timelineHistory(ctx context.Context, timeline uint32) ([]ti
 // its name, if the standby has it: the standby has received at least the part of it that
 // the backup needs, and nothing but activity makes the primary archive it.
 func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []string) (own []string, err error) {
-	began, reported := time.Now(), time.Now()
-	first, last := names[0], names[len(names)-1]
+	began, reported, moved := time.Now(), time.Now(), time.Now()
+	first, last, archived := names[0], names[len(names)-1], ""
 	for {
 		left, err := b.missingWAL(ctx, names)
 		switch {
-		case errors.Is(err, errTransient) && time.Since(began) < b.o.WALTimeout:
+		case errors.Is(err, errTransient) && time.Since(moved) < b.o.WALTimeout:
 			log.Warn("Cannot see which WAL is in the archive, trying again", "error", err)
 		case err != nil:
 			return nil, err
 		default:
+			// An archiver with a backlog comes to the WAL of the backup late, but it comes;
+			// one that is past it already archives to another place.
+			if now := b.lastArchived(ctx); len(left) < len(names) || now != archived && now < names[0] {
+				archived, moved = now, time.Now()
+			}
 			names = left
 		}
 		if len(names) == 0 {
@@ -705,7 +710,7 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 		if b.session.inRecovery && names[0] == last && waited >= b.o.StandbyPatience && fileExists(filepath.Join(b.pgdata, "pg_wal", last)) {
 			return names, nil
 		}
-		if waited >= b.o.WALTimeout {
+		if time.Since(moved) >= b.o.WALTimeout {
 			return nil, fmt.Errorf("%w: %s (the first of %d missing files; the backup needs %s to %s) is not in %s after %s: %s",
 				errWALMissing, names[0], len(names), first, last, b.store.URL(b.store.key("wals/")), waited.Round(time.Second), b.archiverState(ctx))
 		}
@@ -718,6 +723,19 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 			return nil, err
 		}
 	}
+}
+
+// lastArchived is the file that the server's archiver has stored last; "" on a standby, or
+// when the server does not say.
+func (b *baseBackup) lastArchived(ctx context.Context) string {
+	if b.session.inRecovery {
+		return ""
+	}
+	rows, err := b.session.query(ctx, "SELECT last_archived_wal FROM pg_stat_archiver")
+	if err != nil {
+		return "" // what counts is whether the WAL arrives
+	}
+	return rows[0][0]
 }
 
 // missingWAL takes the names that the archive has off the beginning of the list. It

@@ -728,6 +728,28 @@ func TestBackupNeedsItsWAL(t *testing.T) {
 	}
 	assertFailed(t, s, bucket, store, p, first)
 
+	// Nor is there one when the WAL goes elsewhere, however busily.
+	elsewhere := startPostgres(t, pgOptions{ArchiveCommand: "true"})
+	busy, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-busy:
+				return
+			case <-time.After(200 * time.Millisecond):
+				elsewhere.psql("CREATE TABLE IF NOT EXISTS x(); SELECT pg_switch_wal(); DROP TABLE x").Run()
+			}
+		}
+	}()
+	o.Connection = elsewhere.connection()
+	_, err = takeBackup(t.Context(), store, o)
+	close(busy)
+	<-done
+	if !errors.Is(err, errWALMissing) {
+		t.Errorf("a backup whose WAL is archived elsewhere: %v", err)
+	}
+
 	off := startPostgres(t, pgOptions{Settings: []string{"archive_mode=off"}})
 	if _, err := takeBackup(t.Context(), store, backupOptions{Connection: off.connection()}); !errors.Is(err, errSetup) || !strings.Contains(err.Error(), "archive_mode") {
 		t.Errorf("a backup of a server that does not archive: %v", err)

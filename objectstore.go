@@ -1032,6 +1032,12 @@ func (r *objectReader) open() error {
 		}
 		return r.store.wrap("get", r.key, err)
 	}
+	if from := fmt.Sprintf("bytes %d-", r.offset); r.offset > 0 && !strings.HasPrefix(aws.ToString(out.ContentRange), from) {
+		watchdog.Stop()
+		out.Body.Close()
+		cancel()
+		return r.store.wrap("get", r.key, fmt.Errorf("the server ignores Range: it answered %q where %s was asked for", aws.ToString(out.ContentRange), from))
+	}
 	if r.offset == 0 {
 		r.Size, r.Metadata, r.etag = aws.ToInt64(out.ContentLength), lowerKeys(out.Metadata), out.ETag
 	}
