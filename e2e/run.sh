@@ -284,8 +284,8 @@ kill_sidecar() {
   same_content pg-restored "$want" load
   k delete cluster pg-restored >/dev/null
 }
-copying() { # the session that began the backup waits for its end, and at most says SELECT 1 to stay alive
-  sql_is pg-main "SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'barman_cloud_backup' AND state = 'idle' AND (query ~ 'backup_start' OR query = 'SELECT 1')" t
+copying() { # the session of the backup has nothing to ask for a while, and has not ended the backup
+  sql_is pg-main "SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'barman_cloud_backup' AND state = 'idle' AND state_change < clock_timestamp() - interval '0.3 s' AND query !~ 'backup_stop|stop_backup|pg_stat_archiver'" t
 }
 restarted() { [ "$(field "pod/$1" "{.status.initContainerStatuses[?(@.name==\"$sidecar\")].restartCount}")" -gt 0 ]; }
 kill_now() { # kill_now POD UID
