@@ -256,6 +256,8 @@ kill_sidecar() {
   uid=$(field "pod/$pod" '{.metadata.uid}')
   # random text, so that compressing and uploading takes a while
   sql pg-main "CREATE TABLE load AS SELECT id, (SELECT string_agg(md5(random()::text || n), '') FROM generate_series(id, id + 59) AS n) AS body FROM generate_series(1, 150000) AS id"
+  # slowly, lest it is done before it is killed
+  k patch objectstore main-store --type merge -p '{"spec":{"configuration":{"data":{"additionalCommandArgs":["--max-bandwidth=4MB"]}}}}' >/dev/null
   apply examples/backup.yaml 's/pg-main-now/pg-main-killed/'
   wait_for 120 "backup that copies files" copying
   sql pg-main "INSERT INTO load SELECT id, md5(id::text) FROM generate_series(150001, 600000) AS id" &
@@ -264,6 +266,7 @@ kill_sidecar() {
   wait_for 60 "restarted sidecar" restarted "$pod"
   wait_for 60 "end of the killed backup" ended pg-main-killed
   is backup/pg-main-killed '{.status.phase}' failed || fail "the backup whose sidecar was killed is $(field backup/pg-main-killed '{.status.phase}')"
+  k patch objectstore main-store --type merge -p '{"spec":{"configuration":{"data":{"additionalCommandArgs":null}}}}' >/dev/null
   say "    the killed backup: $(field backup/pg-main-killed '{.status.error}')"
   archived pg-main
   say "    archives again"
