@@ -1733,7 +1733,7 @@ func checkBackupParameters(ref StoreRef, parameters map[string]string) error {
 }
 
 // staleWindow is what to know when the status of the ObjectStore could not be brought up to date.
-const staleWindow = "The backup is stored, but the status of the ObjectStore does not show it yet: the next round of maintenance brings it up to date"
+const staleWindow = "The backup is stored, but the status of the ObjectStore does not show it yet: the next backup brings it up to date"
 
 // recoverability reads the catalog for the two ends of the recovery window.
 func (s *backupService) recoverability(ctx context.Context, ref StoreRef) (first, last *metav1.Time, err error) {
@@ -1773,7 +1773,7 @@ func (s *backupService) updateRecoveryWindow(ctx context.Context, ref StoreRef, 
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
 	if err := s.source.UpdateRecoveryWindow(ctx, ref, change); err != nil {
-		slog.Warn("The status of the ObjectStore could not be updated: the next round of maintenance brings it up to date; "+
+		slog.Warn("The status of the ObjectStore could not be updated: the next backup brings it up to date; "+
 			"check that the Cluster's ServiceAccount may update objectstores/status",
 			"objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
 	}
