@@ -372,11 +372,14 @@ func (h reconcilerHooks) Pre(ctx context.Context, req *reconciler.ReconcilerHook
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	stores, err := h.storesOf(ctx, cluster)
-	var absent *storeNotFoundError
-	switch {
-	case errors.As(err, &absent):
+	stores, absent, err := h.storesOf(ctx, cluster)
+	if absent != nil {
 		h.reportMissing(ctx, cluster, absent)
+	} else if err == nil {
+		h.missing.Delete(cluster.UID)
+	}
+	switch {
+	case absent != nil && err != nil:
 		// A plain requeue would be rate limited by the operator up to many minutes.
 		return &reconciler.ReconcilerHooksResult{
 			Behavior:     reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE,
@@ -384,9 +387,7 @@ func (h reconcilerHooks) Pre(ctx context.Context, req *reconciler.ReconcilerHook
 		}, nil
 	case err != nil:
 		return nil, err
-	}
-	h.missing.Delete(cluster.UID)
-	if len(stores) == 0 {
+	case len(stores) == 0:
 		return proceed, nil
 	}
 	if err := h.ensureRBAC(ctx, cluster, stores); err != nil {
@@ -414,10 +415,13 @@ func (e *storeNotFoundError) GRPCStatus() *status.Status {
 }
 
 // storesOf returns the ObjectStores that the cluster refers to, each once, in the order
-// archive, recovery, replica source. The error is a *storeNotFoundError or a gRPC status.
-func (o *operator) storesOf(ctx context.Context, c *Cluster) ([]*ObjectStore, error) {
-	var stores []*ObjectStore
-	for _, r := range []struct {
+// archive, recovery, replica source. Without its archive a cluster must not go on, nor while
+// it is being bootstrapped without any of them: err is then absent, or a gRPC status.
+// Later the recovery source may be gone like any old backup, and a replica source that is
+// gone must not keep the cluster from being promoted: it is only reported as absent.
+func (o *operator) storesOf(ctx context.Context, c *Cluster) (stores []*ObjectStore, absent *storeNotFoundError, err error) {
+	bootstrap := c.Status.CurrentPrimary == ""
+	for i, r := range []struct {
 		role string
 		ref  *StoreRef
 	}{
@@ -428,20 +432,27 @@ func (o *operator) storesOf(ctx context.Context, c *Cluster) ([]*ObjectStore, er
 		if r.ref == nil || slices.ContainsFunc(stores, func(s *ObjectStore) bool { return s.Name == r.ref.ObjectStore }) {
 			continue
 		}
+		needed := bootstrap || i == 0
 		store, err := o.store(ctx, c.Namespace, r.ref.ObjectStore)
-		switch {
-		case apierrors.IsNotFound(err):
-			return nil, &storeNotFoundError{c.Namespace, c.Name, r.ref.ObjectStore, r.role}
+		switch missing := apierrors.IsNotFound(err); {
+		case missing && !needed && r.role == "recovery source":
+			continue
+		case missing:
+			absent = &storeNotFoundError{c.Namespace, c.Name, r.ref.ObjectStore, r.role}
+			if needed {
+				return nil, absent, absent
+			}
+			continue
 		case err != nil:
-			return nil, status.Errorf(codes.Unavailable, "get ObjectStore %s/%s: %v", c.Namespace, r.ref.ObjectStore, err)
+			return nil, nil, status.Errorf(codes.Unavailable, "get ObjectStore %s/%s: %v", c.Namespace, r.ref.ObjectStore, err)
 		}
 		// Everything but the Secrets, which only the sidecar may and does read.
-		if _, err := ResolveStore(store, r.ref.ServerName, func(SecretKeySelector) ([]byte, error) { return nil, nil }); err != nil {
-			return nil, status.Error(codes.FailedPrecondition, err.Error())
+		if _, err := ResolveStore(store, r.ref.ServerName, func(SecretKeySelector) ([]byte, error) { return nil, nil }); err != nil && needed {
+			return nil, nil, status.Error(codes.FailedPrecondition, err.Error())
 		}
 		stores = append(stores, store)
 	}
-	return stores, nil
+	return stores, absent, nil
 }
 
 // store reads an ObjectStore from the informer, or from the API server when it was
@@ -546,12 +557,15 @@ func (l operatorLifecycle) LifecycleHook(ctx context.Context, req *lifecycle.Ope
 	case ruling == nil || container == "":
 		return nothing, nil
 	}
-	stores, err := l.storesOf(ctx, cluster)
+	stores, _, err := l.storesOf(ctx, cluster)
 	if err != nil {
 		return nil, err
 	}
-	first := slices.IndexFunc(stores, func(s *ObjectStore) bool { return s.Name == ruling.ObjectStore })
-	patch, err := l.inject(cluster, stores, &stores[first].Spec.InstanceSidecarConfiguration, spec, specPath, container)
+	config := &InstanceSidecarConfiguration{} // what a store that is gone said of the sidecar is not known any more
+	if first := slices.IndexFunc(stores, func(s *ObjectStore) bool { return s.Name == ruling.ObjectStore }); first >= 0 {
+		config = &stores[first].Spec.InstanceSidecarConfiguration
+	}
+	patch, err := l.inject(cluster, stores, config, spec, specPath, container)
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "inject the sidecar for Cluster %s/%s: %v", cluster.Namespace, cluster.Name, err)
 	}
@@ -799,9 +813,11 @@ func (o *operator) ensureRBAC(ctx context.Context, c *Cluster, stores []*ObjectS
 	}
 	name := c.Name + "-barman-cloud"
 	account := cmp.Or(c.Spec.ServiceAccountName, c.Name)
-	names := make([]string, len(stores))
-	for i, s := range stores {
-		names[i] = s.Name
+	var names []string // also of stores that are missing, so that their coming is noticed
+	for _, ref := range []*StoreRef{c.ArchiveStore(), c.RecoveryStore(), c.ReplicaSourceStore()} {
+		if ref != nil {
+			names = append(names, ref.ObjectStore)
+		}
 	}
 	err := ensure(ctx, o, roles, o.roles, c.Namespace, name, func(r *rbacv1.Role) error {
 		r.TypeMeta = metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "Role"}

@@ -1092,6 +1092,78 @@ func TestAPIMissingObjectStore(t *testing.T) {
 	}
 }
 
+// A bootstrapped cluster does not need the store that it came from, and without the one that
+// it follows it can still be promoted: neither keeps the operator from it.
+func TestAPIMissingObjectStoreAfterBootstrap(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	a.create(a.storeYAML("store-a"))
+	behaviour := func(cluster *unstructured.Unstructured) reconciler.ReconcilerHooksResult_Behavior {
+		t.Helper()
+		r, err := p.pre(cluster)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Behavior
+	}
+	events := func() (messages []string) {
+		list, err := a.client.Resource(events).Namespace(a.namespace).List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range list.Items {
+			messages = append(messages, as[corev1.Event](t, &e).Message)
+		}
+		return messages
+	}
+	for _, c := range []struct {
+		spec, role, store string
+		tells             bool
+	}{
+		{archives + recovers, "recovery source", "store-b", false},
+		{archives + replicates, "replica source", "store-c", true},
+		{recovers, "recovery source", "store-b", false},
+	} {
+		cluster := a.cluster("pg", c.spec)
+		before := len(events())
+		if got := behaviour(cluster); got != reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE {
+			t.Errorf("%s missing during the bootstrap: %v", c.role, got)
+		}
+		if got := events(); len(got) != before+1 {
+			t.Errorf("%s missing during the bootstrap: events %q", c.role, got)
+		}
+		unstructured.SetNestedField(cluster.Object, "pg-1", "status", "currentPrimary")
+		cluster.SetUID("22222222-2222-3333-4444-555555555555") // the Event above was of another cluster's bootstrap
+		before = len(events())
+		for range 2 {
+			if got := behaviour(cluster); got != reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE {
+				t.Errorf("%s missing after the bootstrap: %v", c.role, got)
+			}
+		}
+		if got := events()[before:]; (len(got) == 1) != c.tells || len(got) > 1 {
+			t.Errorf("%s missing after the bootstrap: events %q", c.role, got)
+		}
+		_, patch, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, a.instancePod("pg"))
+		if err != nil || !strings.Contains(string(patch), sidecarName) {
+			t.Errorf("%s missing after the bootstrap: %s, %v; want the sidecar", c.role, patch, err)
+		}
+		if c.spec == recovers {
+			continue // no store at all, no Role
+		}
+		if rules := fmt.Sprint(as[rbacv1.Role](t, a.read("Role", a.namespace, "pg-barman-cloud")).Rules); !strings.Contains(rules, c.store) {
+			t.Errorf("the Role does not let the sidecar notice %s when it comes: %s", c.store, rules)
+		}
+	}
+
+	// The archive is needed for ever.
+	a.remove("ObjectStore", a.namespace, "store-a")
+	cluster := a.cluster("pg", archives)
+	unstructured.SetNestedField(cluster.Object, "pg-1", "status", "currentPrimary")
+	waitFor(t, "the plugin to notice", func() bool {
+		return behaviour(cluster) == reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE
+	})
+}
+
 // The Role follows the ObjectStores without any reconciliation of the Cluster.
 func TestAPIRoleFollowsTheObjectStores(t *testing.T) {
 	a := testAPI(t)
