@@ -175,7 +175,7 @@ type baseBackup struct {
 
 	began time.Time
 	done  atomic.Int64 // bytes read
-	stats []treeStats
+	took  []string     // how long each tree took, for copy_stats
 	// manifest lists every file as it is stored, walRanges what is to be replayed.
 	manifest  manifest
 	walRanges []walRange
@@ -184,12 +184,6 @@ type baseBackup struct {
 
 	mu       sync.Mutex
 	archives []*archive
-}
-
-// treeStats is how long one tree took, for copy_stats.
-type treeStats struct {
-	name       string
-	took, work time.Duration // on the clock, and summed over the jobs
 }
 
 func newBaseBackup(s *Store, o backupOptions, session *session, id string) (*baseBackup, error) {
@@ -274,7 +268,9 @@ func (b *baseBackup) run(ctx context.Context) error {
 	if err := b.checkArchives(ctx); err != nil {
 		return err
 	}
-	b.info.Status, b.info.CopyStats = statusDone, b.copyStats()
+	b.info.Status = statusDone
+	b.info.CopyStats = fmt.Sprintf("{'total_time': %.6f, 'number_of_workers': %d, 'copy_time_per_item': {%s}}", // as Barman's
+		time.Since(b.began).Seconds(), b.jobs, strings.Join(b.took, ", "))
 	// No cancellation any more: the server may still carry out a request that was given up,
 	// and the DONE would come after the FAILED of undo.
 	commit, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
@@ -402,23 +398,6 @@ func (b *baseBackup) stored() (n int64) {
 		n += a.size.Load()
 	}
 	return n
-}
-
-// copyStats is the Python dict that Barman keeps in copy_stats; all times in seconds.
-func (b *baseBackup) copyStats() string {
-	var took, work, nothing []string
-	var tookMost, workSum time.Duration
-	for _, t := range b.stats {
-		nothing = append(nothing, fmt.Sprintf("'%s': 0", t.name))
-		took = append(took, fmt.Sprintf("'%s': %.6f", t.name, t.took.Seconds()))
-		work = append(work, fmt.Sprintf("'%s': %.6f", t.name, t.work.Seconds()))
-		tookMost += t.took
-		workSum += t.work
-	}
-	return fmt.Sprintf("{'total_time': %.6f, 'number_of_workers': %d, 'analysis_time': 0, 'analysis_time_per_item': {%s}, "+
-		"'copy_time_per_item': {%s}, 'serialized_copy_time_per_item': {%s}, 'copy_time': %.6f, 'serialized_copy_time': %.6f}",
-		time.Since(b.began).Seconds(), b.jobs, strings.Join(nothing, ", "), strings.Join(took, ", "), strings.Join(work, ", "),
-		tookMost.Seconds(), workSum.Seconds())
 }
 
 // every calls f at each interval until stop is called, which waits for a call in progress.
@@ -1053,7 +1032,7 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 		}
 	}
 	files := make(chan file, 64)
-	archives, worked := make([]*archive, b.jobs), make([]time.Duration, b.jobs)
+	archives := make([]*archive, b.jobs)
 	archives[0] = first
 	var group errgroup.Group
 	fail := func(err error) error {
@@ -1073,11 +1052,7 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 				if ctx.Err() != nil {
 					continue // drain
 				}
-				start := time.Now()
-				if err := b.copyFile(ctx, t, &archives[job], f, buffer); err != nil {
-					fail(err)
-				}
-				worked[job] += time.Since(start)
+				fail(b.copyFile(ctx, t, &archives[job], f, buffer))
 			}
 			return context.Cause(ctx)
 		})
@@ -1092,13 +1067,8 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 			group.Go(func() error { return fail(a.close()) })
 		}
 	}
-	stats := treeStats{name: t.name}
-	for _, d := range worked {
-		stats.work += d
-	}
 	err = group.Wait()
-	stats.took = time.Since(began)
-	b.stats = append(b.stats, stats)
+	b.took = append(b.took, fmt.Sprintf("'%s': %.6f", t.name, time.Since(began).Seconds()))
 	return last, err
 }
 
@@ -1266,21 +1236,17 @@ func pageIntact(page []byte, block uint32, start LSN) bool {
 func pageChecksum(page []byte, block uint32) uint16 {
 	const prime, row = 16777619, 32 * 4
 	order := binary.NativeEndian
+	defer order.PutUint16(page[8:], order.Uint16(page[8:]))
+	clear(page[8:10])
 	var all uint32
 	for lane := 0; lane < len(pageChecksumSeeds); lane += 8 {
 		seeds := (*[8]uint32)(pageChecksumSeeds[lane:])
 		a, b, c, d, e, f, g, h := seeds[0], seeds[1], seeds[2], seeds[3], seeds[4], seeds[5], seeds[6], seeds[7]
 		for at := lane * 4; at+32 <= len(page); at += row {
 			w := (*[32]byte)(page[at:])
-			third := order.Uint32(w[8:])
-			if at == 0 {
-				var header [4]byte // the checksum and, behind it, the flags
-				copy(header[2:], w[10:12])
-				third = order.Uint32(header[:])
-			}
 			a ^= order.Uint32(w[0:])
 			b ^= order.Uint32(w[4:])
-			c ^= third
+			c ^= order.Uint32(w[8:])
 			d ^= order.Uint32(w[12:])
 			e ^= order.Uint32(w[16:])
 			f ^= order.Uint32(w[20:])

@@ -1667,7 +1667,7 @@ const (
 
 const backupInfoFile = "backup.info"
 
-// BackupInfo is one backup.info. Lines that are not known here are kept as they are.
+// BackupInfo is one backup.info. Lines that are not known here are passed over; only new files are written.
 type BackupInfo struct {
 	ID string // the directory under base/; not in the file
 
@@ -1703,8 +1703,6 @@ type BackupInfo struct {
 	// travel in the same way, as far as there is room; BadPageCount is how many there are.
 	BadPages     []string
 	BadPageCount int
-
-	raw map[string]string // every line as it was read
 }
 
 // Tablespace is a tablespace outside the data directory's base/ and global/.
@@ -1730,185 +1728,65 @@ const (
 	maxBadPagesText = 1500
 )
 
-// backupInfoFields ties each line of the file to a field: format and parse are mirror
-// images. The set is that of Barman 3.4, since a Barman refuses fields that it does not
-// know (FORMAT section 3); nil from format means that the line is left out.
-var backupInfoFields = []struct {
-	key    string
-	format func(*BackupInfo) *string
-	parse  func(*BackupInfo, string) error
-}{
-	pythonField("backup_label", func(b *BackupInfo) *string { return &b.BackupLabel }),
-	{"backup_name",
-		func(b *BackupInfo) *string {
-			if b.BackupName == "" {
-				return nil // Barman leaves this line out, and only this one
-			}
-			return aws.String(oneLine(b.BackupName))
-		},
-		func(b *BackupInfo, v string) error { b.BackupName = v; return nil }},
-	intField("begin_offset", func(b *BackupInfo) *int64 { return &b.BeginOffset }),
-	timeField("begin_time", func(b *BackupInfo) *time.Time { return &b.BeginTime }),
-	textField("begin_wal", func(b *BackupInfo) *string { return &b.BeginWAL }),
-	textField("begin_xlog", func(b *BackupInfo) *string { return &b.BeginLSN }),
-	constantField("compression", "None"),
-	textField("config_file", func(b *BackupInfo) *string { return &b.ConfigFile }),
-	textField("copy_stats", func(b *BackupInfo) *string { return &b.CopyStats }),
-	constantField("deduplicated_size", "None"),
-	intField("end_offset", func(b *BackupInfo) *int64 { return &b.EndOffset }),
-	timeField("end_time", func(b *BackupInfo) *time.Time { return &b.EndTime }),
-	textField("end_wal", func(b *BackupInfo) *string { return &b.EndWAL }),
-	textField("end_xlog", func(b *BackupInfo) *string { return &b.EndLSN }),
-	textField("error", func(b *BackupInfo) *string { return &b.Error }),
-	textField("hba_file", func(b *BackupInfo) *string { return &b.HBAFile }),
-	textField("ident_file", func(b *BackupInfo) *string { return &b.IdentFile }),
-	{"included_files",
-		func(b *BackupInfo) *string {
-			if len(b.IncludedFiles) == 0 {
-				return aws.String("None")
-			}
-			quoted := make([]string, len(b.IncludedFiles))
-			for i, f := range b.IncludedFiles {
-				quoted[i] = pythonRepr(f)
-			}
-			return aws.String("[" + strings.Join(quoted, ", ") + "]")
-		},
-		func(b *BackupInfo, v string) error {
-			list, err := parsePython(v)
-			if err != nil {
-				return err
-			}
-			items, ok := list.([]any)
-			if !ok {
-				return errors.New("not a list")
-			}
-			for _, item := range items {
-				text, ok := item.(string)
-				if !ok {
-					return errors.New("not a list of strings")
-				}
-				b.IncludedFiles = append(b.IncludedFiles, text)
-			}
-			return nil
-		}},
-	constantField("mode", "None"),
-	textField("pgdata", func(b *BackupInfo) *string { return &b.PGData }),
-	textField("server_name", func(b *BackupInfo) *string { return &b.ServerName }),
-	constantField("size", "None"),
-	textField("status", func(b *BackupInfo) *string { return &b.Status }),
-	textField("systemid", func(b *BackupInfo) *string { return &b.SystemID }),
-	{"tablespaces",
-		func(b *BackupInfo) *string {
-			if len(b.Tablespaces) == 0 {
-				return aws.String("None")
-			}
-			tuples := make([]string, len(b.Tablespaces))
-			for i, t := range b.Tablespaces {
-				tuples[i] = fmt.Sprintf("(%s, %d, %s)", pythonRepr(t.Name), t.OID, pythonRepr(t.Location))
-			}
-			return aws.String("[" + strings.Join(tuples, ", ") + "]")
-		},
-		func(b *BackupInfo, v string) error {
-			list, err := parsePython(v)
-			if err != nil {
-				return err
-			}
-			items, ok := list.([]any)
-			if !ok {
-				return errors.New("not a list")
-			}
-			for _, item := range items {
-				tuple, ok := item.([]any)
-				if !ok || len(tuple) != 3 {
-					return errors.New("not a list of (name, oid, location)")
-				}
-				name, ok1 := tuple[0].(string)
-				oid, ok2 := tuple[1].(int64)
-				location, ok3 := tuple[2].(string)
-				if !ok1 || !ok2 || !ok3 || oid <= 0 || oid > 1<<32-1 {
-					return errors.New("not a list of (name, oid, location)")
-				}
-				b.Tablespaces = append(b.Tablespaces, Tablespace{name, uint32(oid), location})
-			}
-			return nil
-		}},
-	smallIntField("timeline", func(b *BackupInfo) *int { return &b.Timeline }),
-	smallIntField("version", func(b *BackupInfo) *int { return &b.Version }),
-	intField("xlog_segment_size", func(b *BackupInfo) *int64 { return &b.WALSegmentSize }),
+// fields ties each line of the file to a field, or to nil where there is nothing to say. The
+// set is that of Barman 3.4, since a Barman refuses fields that it does not know (FORMAT section 3).
+func (b *BackupInfo) fields() map[string]any {
+	return map[string]any{
+		"backup_label": (*pythonString)(&b.BackupLabel), "backup_name": &b.BackupName, "begin_offset": &b.BeginOffset,
+		"begin_time": &b.BeginTime, "begin_wal": &b.BeginWAL, "begin_xlog": &b.BeginLSN, "compression": nil,
+		"config_file": &b.ConfigFile, "copy_stats": &b.CopyStats, "deduplicated_size": nil, "end_offset": &b.EndOffset,
+		"end_time": &b.EndTime, "end_wal": &b.EndWAL, "end_xlog": &b.EndLSN, "error": &b.Error, "hba_file": &b.HBAFile,
+		"ident_file": &b.IdentFile, "included_files": &b.IncludedFiles, "mode": nil, "pgdata": &b.PGData,
+		"server_name": &b.ServerName, "size": nil, "status": &b.Status, "systemid": &b.SystemID,
+		"tablespaces": &b.Tablespaces, "timeline": &b.Timeline, "version": &b.Version, "xlog_segment_size": &b.WALSegmentSize,
+	}
 }
 
-type backupInfoField = struct {
-	key    string
-	format func(*BackupInfo) *string
-	parse  func(*BackupInfo, string) error
+// pythonString is a line that holds a string as Python's repr writes it, unlike other text.
+type pythonString string
+
+// formatField and parseField are mirror images; "" is written as None, and None is not parsed.
+func formatField(field any) string {
+	switch f := field.(type) {
+	case *string:
+		return strings.NewReplacer("\n", " ", "\r", " ").Replace(*f) // no more than its line
+	case *int:
+		return strconv.Itoa(*f)
+	case *int64:
+		return strconv.FormatInt(*f, 10)
+	case *time.Time:
+		if !f.IsZero() {
+			return f.UTC().Format("2006-01-02 15:04:05.000000-07:00")
+		}
+	case *pythonString:
+		if *f != "" {
+			return pythonRepr(string(*f))
+		}
+	case *[]string:
+		return pythonList(*f, pythonRepr)
+	case *[]Tablespace:
+		return pythonList(*f, func(t Tablespace) string {
+			return fmt.Sprintf("(%s, %d, %s)", pythonRepr(t.Name), t.OID, pythonRepr(t.Location))
+		})
+	}
+	return ""
 }
 
-// oneLine keeps a text from being more than its line.
-func oneLine(s string) string { return strings.NewReplacer("\n", " ", "\r", " ").Replace(s) }
-
-// textField is a line that holds plain text, None when empty.
-func textField(key string, p func(*BackupInfo) *string) backupInfoField {
-	return backupInfoField{key,
-		func(b *BackupInfo) *string {
-			return aws.String(cmp.Or(oneLine(*p(b)), "None"))
-		},
-		func(b *BackupInfo, v string) error { *p(b) = v; return nil }}
-}
-
-// pythonField is a line that holds a Python string literal.
-func pythonField(key string, p func(*BackupInfo) *string) backupInfoField {
-	return backupInfoField{key,
-		func(b *BackupInfo) *string {
-			if *p(b) == "" {
-				return aws.String("None")
-			}
-			return aws.String(pythonRepr(*p(b)))
-		},
-		func(b *BackupInfo, v string) error {
-			literal, err := parsePython(v)
-			if err != nil {
-				return err
-			}
-			text, ok := literal.(string)
-			if !ok {
-				return errors.New("not a string literal")
-			}
-			*p(b) = text
-			return nil
-		}}
-}
-
-func intField(key string, p func(*BackupInfo) *int64) backupInfoField {
-	return backupInfoField{key,
-		func(b *BackupInfo) *string { return aws.String(strconv.FormatInt(*p(b), 10)) },
-		func(b *BackupInfo, v string) (err error) { *p(b), err = strconv.ParseInt(v, 10, 64); return err }}
-}
-
-func smallIntField(key string, p func(*BackupInfo) *int) backupInfoField {
-	return backupInfoField{key,
-		func(b *BackupInfo) *string { return aws.String(strconv.Itoa(*p(b))) },
-		func(b *BackupInfo, v string) (err error) { *p(b), err = strconv.Atoi(v); return err }}
-}
-
-// constantField is a line of Barman's that we have nothing to say about.
-func constantField(key, value string) backupInfoField {
-	return backupInfoField{key, func(*BackupInfo) *string { return &value }, func(*BackupInfo, string) error { return nil }}
-}
-
-// timeField is a line that holds a time as Python prints it: 2026-11-22 15:45:15.686293+00:00.
-func timeField(key string, p func(*BackupInfo) *time.Time) backupInfoField {
-	return backupInfoField{key,
-		func(b *BackupInfo) *string {
-			t := *p(b)
-			if t.IsZero() {
-				return aws.String("None")
-			}
-			if t.Nanosecond()/1000 == 0 { // Python leaves a zero fraction out
-				return aws.String(t.UTC().Format("2006-01-02 15:04:05-07:00"))
-			}
-			return aws.String(t.UTC().Format("2006-01-02 15:04:05.000000-07:00"))
-		},
-		func(b *BackupInfo, v string) (err error) { *p(b), err = parsePythonTime(v); return err }}
+func parseField(field any, v string) (err error) {
+	switch f := field.(type) {
+	case nil:
+	case *string:
+		*f = v
+	case *int:
+		*f, err = strconv.Atoi(v)
+	case *int64:
+		*f, err = strconv.ParseInt(v, 10, 64)
+	case *time.Time:
+		*f, err = parsePythonTime(v)
+	default:
+		err = parsePython(v, field)
+	}
+	return err
 }
 
 // parsePythonTime reads what Barman of any age writes. A time without zone is taken as UTC.
@@ -1922,32 +1800,16 @@ func parsePythonTime(v string) (time.Time, error) {
 	return time.Time{}, fmt.Errorf("%q is not a time", v)
 }
 
-// marshal writes the file: one key=value line each, keys in alphabetical order. A line
-// that was read and whose meaning did not change is written as it was.
+// marshal writes the file: one key=value line each, keys in alphabetical order.
 func (b *BackupInfo) marshal() []byte {
-	lines := maps.Clone(b.raw)
-	if lines == nil {
-		lines = map[string]string{}
-	}
-	for _, f := range backupInfoFields {
-		value := f.format(b)
-		if old, ok := b.raw[f.key]; ok {
-			before := BackupInfo{}
-			if old == "None" || f.parse(&before, old) == nil {
-				if v := f.format(&before); v == value || v != nil && value != nil && *v == *value {
-					continue
-				}
-			}
-		}
-		if value == nil {
-			delete(lines, f.key)
-		} else {
-			lines[f.key] = *value
-		}
-	}
 	var out bytes.Buffer
-	for _, key := range slices.Sorted(maps.Keys(lines)) {
-		fmt.Fprintf(&out, "%s=%s\n", key, lines[key])
+	fields := b.fields()
+	for _, key := range slices.Sorted(maps.Keys(fields)) {
+		value := formatField(fields[key])
+		if value == "" && key == "backup_name" {
+			continue // Barman leaves this line out, and only this one
+		}
+		fmt.Fprintf(&out, "%s=%s\n", key, cmp.Or(value, "None"))
 	}
 	return out.Bytes()
 }
@@ -1955,7 +1817,8 @@ func (b *BackupInfo) marshal() []byte {
 // parseBackupInfo reads the file of backup id. Fields that are missing keep their zero
 // value; the segment size defaults to 16 MiB, as with Barman.
 func parseBackupInfo(id string, content []byte) (*BackupInfo, error) {
-	b := &BackupInfo{ID: id, WALSegmentSize: 16 << 20, raw: map[string]string{}}
+	b := &BackupInfo{ID: id, WALSegmentSize: 16 << 20}
+	fields, empty := b.fields(), true
 	for n, line := range strings.Split(string(content), "\n") {
 		line = strings.TrimSpace(line)
 		if line == "" || strings.HasPrefix(line, ";") || strings.HasPrefix(line, "#") {
@@ -1965,175 +1828,83 @@ func parseBackupInfo(id string, content []byte) (*BackupInfo, error) {
 		if !ok {
 			return nil, fmt.Errorf("line %d is not key=value: %.60q", n+1, line)
 		}
-		b.raw[strings.TrimSpace(key)] = strings.TrimSpace(value)
-	}
-	if len(b.raw) == 0 {
-		return nil, errors.New("it is empty")
-	}
-	for _, f := range backupInfoFields {
-		if value, ok := b.raw[f.key]; ok && value != "None" {
-			if err := f.parse(b, value); err != nil {
-				return nil, fmt.Errorf("%s=%.60s: %w", f.key, value, err)
-			}
+		empty = false
+		key, value = strings.TrimSpace(key), strings.TrimSpace(value)
+		if value == "None" {
+			continue
 		}
+		if err := parseField(fields[key], value); err != nil {
+			return nil, fmt.Errorf("%s=%.60s: %w", key, value, err)
+		}
+	}
+	if empty {
+		return nil, errors.New("it is empty")
 	}
 	return b, nil
 }
 
-// pythonRepr writes a string as Python's repr does: single quotes unless it holds one and no double quote.
+// pythonRepr writes a string as Python's repr does: single quotes unless it holds one and no
+// double quote. Python knows all escapes that Go writes.
 func pythonRepr(s string) string {
-	quote := byte('\'')
+	quoted := strconv.Quote(s)
 	if strings.Contains(s, "'") && !strings.Contains(s, `"`) {
-		quote = '"'
+		return quoted
 	}
-	out := []byte{quote}
-	for _, r := range s {
-		switch {
-		case r == rune(quote) || r == '\\':
-			out = append(out, '\\', byte(r))
-		case r == '\n':
-			out = append(out, `\n`...)
-		case r == '\r':
-			out = append(out, `\r`...)
-		case r == '\t':
-			out = append(out, `\t`...)
-		case r < ' ' || r == 0x7f:
-			out = fmt.Appendf(out, `\x%02x`, r)
-		case strconv.IsPrint(r):
-			out = append(out, string(r)...)
-		case r <= 0xff:
-			out = fmt.Appendf(out, `\x%02x`, r)
-		case r <= 0xffff:
-			out = fmt.Appendf(out, `\u%04x`, r)
-		default:
-			out = fmt.Appendf(out, `\U%08x`, r)
-		}
-	}
-	return string(append(out, quote))
+	return "'" + strings.NewReplacer(`\"`, `"`, `'`, `\'`).Replace(quoted[1:len(quoted)-1]) + "'"
 }
 
-// parsePython reads a Python literal made of strings, integers, None, lists and tuples:
-// string, int64, nil and []any.
-func parsePython(text string) (any, error) {
-	p := &pythonParser{text: text}
-	v, err := p.value(0)
-	if err == nil {
-		if p.space(); p.pos < len(text) {
-			err = errors.New("text after the literal")
-		}
+func pythonList[T any](list []T, repr func(T) string) string {
+	var items []string
+	for _, item := range list {
+		items = append(items, repr(item))
 	}
-	if err != nil {
-		return nil, fmt.Errorf("Python literal, at byte %d: %w", p.pos, err)
+	if items == nil {
+		return ""
 	}
-	return v, nil
+	return "[" + strings.Join(items, ", ") + "]"
 }
 
-type pythonParser struct {
-	text string
-	pos  int
-}
+// pythonToken is what Python writes otherwise than JSON: strings, None, tuples, and a comma before an end.
+var pythonToken = regexp.MustCompile(`'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|[()]|,\s*[)\]]`)
 
-func (p *pythonParser) space() {
-	for p.pos < len(p.text) && strings.IndexByte(" \t\r\n", p.text[p.pos]) >= 0 {
-		p.pos++
-	}
-}
-
-func (p *pythonParser) value(depth int) (any, error) {
-	p.space()
-	switch rest := p.text[p.pos:]; {
-	case depth > 4:
-		return nil, errors.New("nested too deeply")
-	case rest == "":
-		return nil, io.ErrUnexpectedEOF
-	case rest[0] == '[' || rest[0] == '(':
-		return p.sequence(map[byte]byte{'[': ']', '(': ')'}[rest[0]], depth)
-	case rest[0] == '\'' || rest[0] == '"':
-		return p.str()
-	case strings.HasPrefix(rest, "None"):
-		p.pos += len("None")
-		return nil, nil
-	default:
-		n := 0
-		for n < len(rest) && (rest[n] >= '0' && rest[n] <= '9' || n == 0 && rest[n] == '-') {
-			n++
+// parsePython reads a Python literal made of strings, integers, None, lists and tuples.
+func parsePython(literal string, into any) error {
+	text := pythonToken.ReplaceAllStringFunc(literal, func(token string) string {
+		switch token[0] {
+		case 'N':
+			return "null"
+		case '(':
+			return "["
+		case ')', ',':
+			return "]"
 		}
-		v, err := strconv.ParseInt(rest[:n], 10, 64)
-		if err != nil {
-			return nil, errors.New("neither string, number, list nor tuple")
-		}
-		p.pos += n
-		return v, nil
-	}
-}
-
-func (p *pythonParser) sequence(end byte, depth int) (any, error) {
-	p.pos++
-	items := []any{}
-	for {
-		if p.space(); p.pos >= len(p.text) {
-			return nil, io.ErrUnexpectedEOF
-		}
-		if p.text[p.pos] == end {
-			p.pos++
-			return items, nil
-		}
-		item, err := p.value(depth + 1)
-		if err != nil {
-			return nil, err
-		}
-		items = append(items, item)
-		if p.space(); p.pos < len(p.text) && p.text[p.pos] == ',' {
-			p.pos++
-		} else if p.pos < len(p.text) && p.text[p.pos] != end {
-			return nil, errors.New("neither a comma nor the end of the list")
-		}
-	}
-}
-
-func (p *pythonParser) str() (any, error) {
-	quote := p.text[p.pos]
-	p.pos++
-	var out []byte
-	for p.pos < len(p.text) {
-		c := p.text[p.pos]
-		p.pos++
-		switch {
-		case c == quote:
-			return string(out), nil
-		case c != '\\':
-			out = append(out, c)
-			continue
-		case p.pos >= len(p.text):
-			return nil, io.ErrUnexpectedEOF
-		}
-		c = p.text[p.pos]
-		p.pos++
-		switch c {
-		case 'n':
-			out = append(out, '\n')
-		case 'r':
-			out = append(out, '\r')
-		case 't':
-			out = append(out, '\t')
-		case '\\', '\'', '"':
-			out = append(out, c)
-		case 'x', 'u', 'U':
-			digits := map[byte]int{'x': 2, 'u': 4, 'U': 8}[c]
-			if p.pos+digits > len(p.text) {
-				return nil, io.ErrUnexpectedEOF
+		var content []rune
+		for rest := token[1 : len(token)-1]; rest != ""; {
+			r, _, tail, err := strconv.UnquoteChar(rest, token[0])
+			if err != nil {
+				return token // which is no JSON
 			}
-			code, err := strconv.ParseUint(p.text[p.pos:p.pos+digits], 16, 32)
-			if err != nil || code > 0x10ffff {
-				return nil, fmt.Errorf(`bad escape \%c`, c)
-			}
-			p.pos += digits
-			out = append(out, string(rune(code))...)
-		default:
-			return nil, fmt.Errorf(`unknown escape \%c`, c)
+			content, rest = append(content, r), tail
 		}
+		quoted, _ := json.Marshal(string(content)) // a string can be marshalled
+		return string(quoted)
+	})
+	if err := json.Unmarshal([]byte(text), into); err != nil {
+		return fmt.Errorf("not the Python literal that is expected: %w", err)
 	}
-	return nil, io.ErrUnexpectedEOF
+	return nil
+}
+
+// UnmarshalJSON reads a tuple (name, oid, location).
+func (t *Tablespace) UnmarshalJSON(tuple []byte) error {
+	parts := []any{&t.Name, &t.OID, &t.Location}
+	if err := json.Unmarshal(tuple, &parts); err != nil {
+		return err
+	}
+	if len(parts) != 3 || t.OID == 0 {
+		return errors.New("not a tuple of name, oid and location")
+	}
+	return nil
 }
 
 // ---------------------------------------------------------------------------

