@@ -271,6 +271,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 	b.info.Status = statusDone
 	b.info.CopyStats = fmt.Sprintf("{'total_time': %.6f, 'number_of_workers': %d, 'copy_time_per_item': {%s}}", // as Barman's
 		time.Since(b.began).Seconds(), b.jobs, strings.Join(b.took, ", "))
+	b.info.bytes, b.info.storedBytes, b.info.place = b.done.Load(), b.stored(), b.store.place()
 	// No cancellation any more: the server may still carry out a request that was given up,
 	// and the DONE would come after the FAILED of undo.
 	commit, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
@@ -1599,6 +1600,7 @@ type backupService struct {
 	source   configSource
 	instance string // the name of this Pod
 	pgdata   string
+	report   *report
 	running  atomic.Bool
 }
 
@@ -1624,28 +1626,61 @@ func (s *backupService) Backup(ctx context.Context, r *backup.BackupRequest) (*b
 			"add the plugin %s with the parameter barmanObjectName to spec.plugins", cluster.Name, PluginName)
 	}
 	info, err := s.backup(ctx, *ref, r.Parameters)
+	tell, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	s.record(tell, *ref, info, err)
 	if err != nil {
 		slog.Error("Backup failed", "cluster", cluster.Name, "objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
-		s.updateRecoveryWindow(ctx, *ref, func(w *RecoveryWindow) { now := metav1.Now(); w.LastFailedBackupTime = &now })
 		return nil, backupStatus(err)
-	}
-	if first, last, err := s.recoverability(ctx, *ref); err != nil {
-		slog.Warn(staleWindow, "objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
-	} else {
-		s.updateRecoveryWindow(ctx, *ref, func(w *RecoveryWindow) { w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = first, last })
 	}
 	plugin := pluginMetadata()
 	return &backup.BackupResult{
 		BackupId: info.ID, BackupName: info.BackupName, StartedAt: info.BeginTime.Unix(), StoppedAt: info.EndTime.Unix(),
 		BeginWal: info.BeginWAL, EndWal: info.EndWAL, BeginLsn: info.BeginLSN, EndLsn: info.EndLSN,
 		InstanceId: s.instance, Online: true,
-		// The keys are the original's; clusterUID and pluginName tell whose Backup objects
-		// may be removed when their backup has left the catalog.
+		// The keys are the original's, but for the place; clusterUID, pluginName and place
+		// tell whose Backup objects may be removed when their backup has left the catalog.
 		Metadata: map[string]string{
 			"timeline": strconv.Itoa(info.Timeline), "clusterUID": string(cluster.UID), "pluginName": plugin.Name,
-			"name": plugin.Name, "displayName": plugin.DisplayName, "version": plugin.Version,
+			"name": plugin.Name, "displayName": plugin.DisplayName, "version": plugin.Version, placeMetadata: info.place,
 		},
 	}, nil
+}
+
+// placeMetadata is the key under which the metadata of a Backup object say where its backup is.
+const placeMetadata = "place"
+
+// record brings the status of the ObjectStore up to date after a backup. That it cannot is
+// no reason to call a good backup failed: the primary's next maintenance does it.
+func (s *backupService) record(ctx context.Context, ref StoreRef, info *BackupInfo, err error) {
+	s.report.found(ref, conditionBackup, "BackupFailed", err)
+	var first, last *metav1.Time
+	var listErr error
+	if err == nil {
+		var damage error
+		if info.BadPageCount > 0 {
+			damage = fmt.Errorf("backup %s holds %d pages with a wrong checksum, the first as FILE:BLOCK %s: find their relations with pg_filenode_relation; "+
+				"an earlier backup may have them whole", info.ID, info.BadPageCount, strings.Join(info.BadPages[:min(10, len(info.BadPages))], " "))
+		}
+		s.report.found(ref, conditionPages, "BadPages", damage)
+		first, last, listErr = s.recoverability(ctx, ref)
+	}
+	now := metav1.Now()
+	statusErr := s.source.UpdateStatus(ctx, ref, func(w *RecoveryWindow, st *ServerStatus) {
+		if err != nil {
+			w.LastFailedBackupTime = &now
+			return
+		}
+		if listErr == nil {
+			w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = first, last
+		}
+		st.LastBackup = &LastBackup{ID: info.ID, Instance: s.instance, Seconds: int64(info.EndTime.Sub(info.BeginTime).Seconds()),
+			Bytes: info.bytes, StoredBytes: info.storedBytes, BadPages: info.BadPageCount}
+	})
+	if err := errors.Join(listErr, statusErr, s.report.tell(ctx)); err != nil {
+		slog.Warn("The status of the ObjectStore could not be updated; the primary's sidecar tries again",
+			"objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
+	}
 }
 
 // errBusy and errParameters refuse a request.
@@ -1698,9 +1733,6 @@ func checkBackupParameters(ref StoreRef, parameters map[string]string) error {
 	return nil
 }
 
-// staleWindow is what to know when the status of the ObjectStore could not be brought up to date.
-const staleWindow = "The backup is stored, but the status of the ObjectStore does not show it yet: the next backup brings it up to date"
-
 // recoverability reads the catalog for the two ends of the recovery window.
 func (s *backupService) recoverability(ctx context.Context, ref StoreRef) (first, last *metav1.Time, err error) {
 	store, err := s.source.Store(ctx, ref)
@@ -1731,18 +1763,6 @@ func (c *Catalog) recoverability() (first, last *metav1.Time) {
 		}
 	}
 	return first, last
-}
-
-// updateRecoveryWindow changes the status of the ObjectStore, also after the request was
-// cancelled. That it cannot be changed is no reason to call a good backup failed.
-func (s *backupService) updateRecoveryWindow(ctx context.Context, ref StoreRef, change func(*RecoveryWindow)) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
-	defer cancel()
-	if err := s.source.UpdateRecoveryWindow(ctx, ref, change); err != nil {
-		slog.Warn("The status of the ObjectStore could not be updated: the next backup brings it up to date; "+
-			"check that the Cluster's ServiceAccount may update objectstores/status",
-			"objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
-	}
 }
 
 // backupStatus gives an error of a backup its gRPC code.

@@ -1036,7 +1036,7 @@ func TestNextBackupID(t *testing.T) {
 // brokenStatus is a source whose status cannot be written.
 type brokenStatus struct{ configSource }
 
-func (brokenStatus) UpdateRecoveryWindow(context.Context, StoreRef, func(*RecoveryWindow)) error {
+func (brokenStatus) UpdateStatus(context.Context, StoreRef, func(*RecoveryWindow, *ServerStatus)) error {
 	return fs.ErrPermission
 }
 
@@ -1052,7 +1052,7 @@ func TestBackupService(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	service := &backupService{source: source, instance: "main-1"}
+	service := &backupService{source: source, instance: "main-1", report: newReport(source, p.Dir)}
 	window := func() RecoveryWindow {
 		st, err := source.Status(t.Context(), "store")
 		if err != nil {
@@ -1110,7 +1110,7 @@ func TestBackupService(t *testing.T) {
 			t.Errorf("result %v\nbackup.info %+v", result, info)
 		}
 		want := map[string]string{"timeline": "1", "clusterUID": "u-1", "pluginName": PluginName, "name": PluginName,
-			"displayName": "BarmanCloudInstance", "version": version}
+			"displayName": "BarmanCloudInstance", "version": version, "place": s.Endpoint + " s3://" + bucket + "/main"}
 		if fmt.Sprint(result.Metadata) != fmt.Sprint(want) {
 			t.Errorf("metadata %v, want %v", result.Metadata, want)
 		}
@@ -1122,7 +1122,7 @@ func TestBackupService(t *testing.T) {
 
 	// A status that cannot be written is no reason to call the backup failed.
 	log := captureLog(t)
-	if _, err := (&backupService{source: brokenStatus{source}}).Backup(t.Context(), &backup.BackupRequest{ClusterDefinition: own}); err != nil {
+	if _, err := (&backupService{source: brokenStatus{source}, report: newReport(source, p.Dir)}).Backup(t.Context(), &backup.BackupRequest{ClusterDefinition: own}); err != nil {
 		t.Error(err)
 	}
 	if !log.has("status of the ObjectStore could not be updated") {

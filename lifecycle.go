@@ -480,22 +480,31 @@ func (o *operator) reportMissing(ctx context.Context, c *Cluster, absent *storeN
 
 // event writes a Warning on the Cluster, for kubectl describe.
 func (o *operator) event(ctx context.Context, c *Cluster, reason, message string) error {
+	if err := o.create(ctx, events, clusterEvent(c, corev1.EventTypeWarning, reason, message)); err != nil {
+		return fmt.Errorf("write the Event %s on Cluster %s/%s: %w", reason, c.Namespace, c.Name, err)
+	}
+	return nil
+}
+
+// maxEventMessage is what the API server takes, in bytes.
+const maxEventMessage = 1024
+
+func clusterEvent(c *Cluster, eventType, reason, message string) *corev1.Event {
 	now := metav1.Now()
-	e := &corev1.Event{
+	if len(message) > maxEventMessage {
+		message = strings.ToValidUTF8(message[:maxEventMessage-3], "") + "..."
+	}
+	return &corev1.Event{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Event"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: c.Namespace, GenerateName: c.Name + "."},
 		InvolvedObject: corev1.ObjectReference{
 			APIVersion: c.APIVersion, Kind: c.Kind, Namespace: c.Namespace, Name: c.Name, UID: c.UID,
 			ResourceVersion: c.ResourceVersion,
 		},
-		Type: corev1.EventTypeWarning, Reason: reason, Message: message,
+		Type: eventType, Reason: reason, Message: message,
 		Source:         corev1.EventSource{Component: fieldManager},
 		FirstTimestamp: now, LastTimestamp: now, Count: 1,
 	}
-	if err := o.create(ctx, events, e); err != nil {
-		return fmt.Errorf("write the Event %s on Cluster %s/%s: %w", reason, c.Namespace, c.Name, err)
-	}
-	return nil
 }
 
 // ---------------------------------------------------------------------------

@@ -81,6 +81,8 @@ var resources = map[string]schema.GroupVersionResource{
 	"ClusterRole":              {Group: rbacv1.GroupName, Version: "v1", Resource: "clusterroles"},
 	"ClusterRoleBinding":       {Group: rbacv1.GroupName, Version: "v1", Resource: "clusterrolebindings"},
 	"ObjectStore":              objectStores,
+	"Cluster":                  {Group: "postgresql.cnpg.io", Version: "v1", Resource: "clusters"},
+	"Backup":                   {Group: "postgresql.cnpg.io", Version: "v1", Resource: "backups"},
 }
 
 // testAPI connects to the API server, installs crd.yaml and makes a namespace.

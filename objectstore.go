@@ -152,6 +152,50 @@ type DataConfiguration struct {
 // ObjectStoreStatus is written by the sidecars, each under its own server name.
 type ObjectStoreStatus struct {
 	ServerRecoveryWindow map[string]RecoveryWindow `json:"serverRecoveryWindow,omitempty"`
+	Servers              map[string]ServerStatus   `json:"servers,omitempty"`
+}
+
+// ServerStatus is what the sidecars of one server report. What changes all the time, such
+// as the last archived segment, is brought up to date every few minutes.
+type ServerStatus struct {
+	LastArchivedWAL    string       `json:"lastArchivedWAL,omitempty"`
+	LastArchivedTime   *metav1.Time `json:"lastArchivedTime,omitempty"`
+	OldestWaitingWAL   string       `json:"oldestWaitingWAL,omitempty"` // of the files that wait to be archived
+	OldestWaitingSince *metav1.Time `json:"oldestWaitingSince,omitempty"`
+	// WALGaps are ranges of segments that are missing between the oldest backup and the
+	// newest segment; MissingWAL is how many segments that are.
+	WALGaps          []string           `json:"walGaps,omitempty"`
+	MissingWAL       int                `json:"missingWAL,omitempty"`
+	LastBackup       *LastBackup        `json:"lastBackup,omitempty"`
+	LastFailure      *LastFailure       `json:"lastFailure,omitempty"`
+	LastVerification *LastVerification  `json:"lastVerification,omitempty"`
+	Conditions       []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// LastBackup is the newest backup that the plugin took.
+type LastBackup struct {
+	ID          string `json:"id"`
+	Instance    string `json:"instance,omitempty"`
+	Seconds     int64  `json:"seconds"`
+	Bytes       int64  `json:"bytes"`       // read from PostgreSQL's files
+	StoredBytes int64  `json:"storedBytes"` // in the bucket
+	BadPages    int    `json:"badPages,omitempty"`
+}
+
+// LastFailure is the last thing that went wrong; the conditions tell whether it still does.
+type LastFailure struct {
+	Time    metav1.Time `json:"time"`
+	Reason  string      `json:"reason"`
+	Message string      `json:"message"`
+}
+
+// LastVerification is what `verify`, run in a Pod of the cluster, has found.
+type LastVerification struct {
+	Time     metav1.Time `json:"time"`
+	OK       bool        `json:"ok"`
+	Backups  int         `json:"backups"`
+	Segments int         `json:"segments"`
+	Problems []string    `json:"problems,omitempty"` // the first few
 }
 
 // RecoveryWindow is what `kubectl cnpg status` and dashboards read.
@@ -708,6 +752,7 @@ var (
 	errDenied       = errors.New("access denied")
 	errPrecondition = errors.New("precondition failed")
 	errUnsupported  = errors.New("not supported by the server")
+	errUntrusted    = errors.New("certificate not trusted")
 	errTransient    = errors.New("transient failure")
 )
 
@@ -793,6 +838,7 @@ func (s *Store) wrap(op, key string, err error) error {
 	case status == http.StatusNotFound:
 		e.hint = fmt.Sprintf("that is no answer of an S3 server: check endpointURL of ObjectStore %s, and what stands in front of %s", s.Config.Name, where)
 	case errors.As(err, &unknownCA), errors.As(err, &hostname):
+		e.kind = errUntrusted
 		e.hint = fmt.Sprintf("set endpointCA of ObjectStore %s to the CA that signed the certificate of %s", s.Config.Name, where)
 	case errors.Is(err, context.Canceled):
 	case status >= 500 || status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || code == "SlowDown" || code == "RequestTimeout":
@@ -835,6 +881,11 @@ func (s *Store) baseKey(id, file string) string {
 		return s.key("base", id+"/")
 	}
 	return s.key("base", id, file)
+}
+
+// place names where this server's objects lie: endpoint, bucket, path and server name.
+func (s *Store) place() string {
+	return cmp.Or(s.Config.Configuration.EndpointURL, "AWS") + " " + s.URL(s.key())
 }
 
 // URL is how messages name an object.
@@ -1703,6 +1754,10 @@ type BackupInfo struct {
 	// travel in the same way, as far as there is room; BadPageCount is how many there are.
 	BadPages     []string
 	BadPageCount int
+
+	// Of a backup that was just taken: read from PostgreSQL's files, stored, and where.
+	bytes, storedBytes int64
+	place              string
 }
 
 // Tablespace is a tablespace outside the data directory's base/ and global/.
@@ -2046,8 +2101,11 @@ type configSource interface {
 	Store(ctx context.Context, ref StoreRef) (*Store, error)
 	// Status returns the status of an ObjectStore as it was last seen.
 	Status(ctx context.Context, objectStore string) (ObjectStoreStatus, error)
-	// UpdateRecoveryWindow changes the recovery window of one server and leaves the others alone.
-	UpdateRecoveryWindow(ctx context.Context, ref StoreRef, change func(*RecoveryWindow)) error
+	// UpdateStatus changes what the status says of one server and leaves the others alone.
+	// When change changes nothing, nothing is written.
+	UpdateStatus(ctx context.Context, ref StoreRef, change func(*RecoveryWindow, *ServerStatus)) error
+	// Tell writes an Event on the Cluster, where there is one.
+	Tell(ctx context.Context, eventType, reason, message string) error
 }
 
 // What can be wrong with the configuration, for errors.Is.

@@ -1665,6 +1665,7 @@ type restoreJobService struct {
 	source configSource
 	pgdata string
 	walDir string // "" means walVolume
+	report *report
 }
 
 // GetCapabilities is part of the handshake.
@@ -1679,10 +1680,28 @@ func (r *restoreJobService) Restore(ctx context.Context, request *job.RestoreReq
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	if err := r.restore(ctx, cluster, request.CheckEmptyWalArchive); err != nil {
+	err = r.restore(ctx, cluster, request.CheckEmptyWalArchive)
+	r.record(ctx, cluster, err)
+	if err != nil {
 		return nil, restoreError(fmt.Errorf("restore Cluster %s: %w", cluster.Name, err))
 	}
 	return &job.RestoreResponse{RestoreConfig: recoveryConfig}, nil
+}
+
+// record tells how the restore ended, while there is somebody to tell it: the Pod, and its
+// log with it, may soon be gone. It goes under the name of the new Cluster, since the
+// server name is that of the old one.
+func (r *restoreJobService) record(ctx context.Context, cluster *Cluster, err error) {
+	ref := cluster.RecoveryStore()
+	if ref == nil {
+		return // the operator never asks for that
+	}
+	r.report.found(StoreRef{ref.ObjectStore, cluster.Name}, conditionRestored, "RestoreFailed", err)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	if err := r.report.tell(ctx); err != nil {
+		slog.Warn("Cannot tell how the restore ended", "error", err)
+	}
 }
 
 func (r *restoreJobService) restore(ctx context.Context, cluster *Cluster, check *bool) error {

@@ -1031,7 +1031,7 @@ func TestRestoreJobService(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	service := &restoreJobService{source: source, pgdata: filepath.Join(base, "pgdata"), walDir: filepath.Join(base, "wal", "pg_wal")}
+	service := &restoreJobService{source: source, pgdata: filepath.Join(base, "pgdata"), walDir: filepath.Join(base, "wal", "pg_wal"), report: newReport(source, "")}
 
 	capabilities, err := service.GetCapabilities(t.Context(), nil)
 	if err != nil || len(capabilities.Capabilities) != 1 || capabilities.Capabilities[0].Kind != job.RestoreJobHooksCapability_KIND_RESTORE {

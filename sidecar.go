@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -34,6 +35,7 @@ import (
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/fields"
@@ -122,8 +124,9 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(logRequests, recoverPanics, cancelBackups(ctx)))
 	identity.RegisterIdentityServer(server, &sidecarIdentity{})
 	wal.RegisterWALServer(server, walFiles)
-	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance, pgdata: pgdata})
-	restorejob.RegisterRestoreJobHooksServer(server, &restoreJobService{source: source, pgdata: pgdata})
+	report := walFiles.report
+	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance, pgdata: pgdata, report: report})
+	restorejob.RegisterRestoreJobHooksServer(server, &restoreJobService{source: source, pgdata: pgdata, report: report})
 	metrics.RegisterMetricsServer(server, &metricsService{source: source})
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer()) // SERVING from the start
 
@@ -135,6 +138,9 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 		defer hard.Stop()
 		server.GracefulStop()
 	}()
+	housekeeping := make(chan struct{})
+	go func() { defer close(housekeeping); report.housekeep(ctx, instance) }()
+	defer func() { <-housekeeping }()
 	slog.Info("Serving", "socket", socket, "pgdata", pgdata, "version", version)
 	if err := server.Serve(listener); err != nil {
 		return fmt.Errorf("serve %s: %w", socket, err)
@@ -206,6 +212,416 @@ func (*sidecarIdentity) GetPluginCapabilities(context.Context, *identity.GetPlug
 // Probe says that the process is alive.
 func (*sidecarIdentity) Probe(context.Context, *identity.ProbeRequest) (*identity.ProbeResponse, error) {
 	return sidecarReady, nil
+}
+
+// ---------------------------------------------------------------------------
+// Saying how things are: conditions of the ObjectStore, Events on the Cluster
+// ---------------------------------------------------------------------------
+
+// The conditions in status.servers[SERVER], each with one writer at a time.
+const (
+	conditionArchiving = "Archiving"           // the Pod that archives
+	conditionBackup    = "LastBackupSucceeded" // the Pod that takes the backup
+	conditionPages     = "PagesIntact"         // the same
+	conditionRetention = "RetentionApplied"    // the primary
+	conditionWAL       = "WALComplete"         // the primary
+	conditionRestored  = "Restored"            // the restore Job, under the name of the new Cluster
+)
+
+const (
+	housekeepingTick = 10 * time.Second
+	// progressLife is how old lastArchivedWAL and its like may grow in the status: every
+	// write goes to all sidecars that watch the ObjectStore.
+	progressLife = 5 * time.Minute
+	// passingPatience is how long a failure that may pass by itself is not told.
+	passingPatience = time.Minute
+)
+
+// report collects what the services of one sidecar have to say. Who finds something only
+// notes it; the housekeeper tells it, so that no segment waits for the API server.
+type report struct {
+	source configSource
+	pgdata string
+	wake   chan struct{}
+
+	mu       sync.Mutex
+	findings map[findingKey]*finding
+	archive  StoreRef // where the last WAL file went
+	lastWAL  string
+	lastTime time.Time
+	written  time.Time // when the progress was
+}
+
+type findingKey struct {
+	at   StoreRef
+	kind string // of condition
+}
+
+// finding is one condition as this sidecar sees it.
+type finding struct {
+	err    error // nil: all is well
+	reason string
+	since  time.Time
+	told   string // what the last Event said
+}
+
+func newReport(source configSource, pgdata string) *report {
+	return &report{source: source, pgdata: pgdata, wake: make(chan struct{}, 1), findings: map[findingKey]*finding{}}
+}
+
+// found notes that something works (nil) or fails. otherwise is the reason of an error of no known kind.
+func (r *report) found(at StoreRef, kind, otherwise string, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f := r.findings[findingKey{at, kind}]
+	if f == nil {
+		f = &finding{}
+		r.findings[findingKey{at, kind}] = f
+	}
+	reason := failureReason(err, otherwise)
+	if kind == conditionRetention && err != nil {
+		reason = otherwise // the original's, which alerts look for
+	}
+	if reason == f.reason {
+		return
+	}
+	if err == nil || f.err == nil {
+		f.since = time.Now()
+	}
+	f.err, f.reason = err, reason
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// archived notes what came of a WAL file.
+func (r *report) archived(cluster *Cluster, at StoreRef, name string, err error) {
+	switch {
+	case err == nil:
+		r.mu.Lock()
+		r.archive, r.lastWAL, r.lastTime = at, name, time.Now()
+		_, conflict := r.findings[findingKey{StoreRef{at.ObjectStore, cluster.Name}, conditionArchiving}]
+		r.mu.Unlock()
+		if conflict {
+			r.found(StoreRef{at.ObjectStore, cluster.Name}, conditionArchiving, "", nil)
+		}
+	case errors.Is(err, errArchiveNotEmpty), errors.Is(err, errDifferent):
+		at.ServerName = cluster.Name // that server name is another cluster's, which writes its status
+	}
+	r.found(at, conditionArchiving, "ArchivingFailed", err)
+}
+
+// failureReason puts an error into one word.
+func failureReason(err error, otherwise string) string {
+	for _, c := range []struct {
+		kind   error
+		reason string
+	}{
+		{errNoObject, "ObjectNotFound"}, {errForbidden, "PermissionMissing"}, {errNoBucket, "BucketNotFound"}, {errDenied, "AccessDenied"},
+		{errUntrusted, "CertificateNotTrusted"}, {errArchiveNotEmpty, "ArchiveNotEmpty"}, {errDifferent, "ArchiveConflict"},
+		{errTransient, "StoreUnreachable"},
+	} {
+		if errors.Is(err, c.kind) {
+			return c.reason
+		}
+	}
+	if err == nil {
+		return "Succeeded"
+	}
+	return otherwise
+}
+
+// passing says whether a failure of something that is tried again and again may pass by
+// itself; a Role may be a moment behind its Cluster.
+func passing(kind string, err error) bool {
+	return kind == conditionArchiving && (errors.Is(err, errTransient) || errors.Is(err, errForbidden))
+}
+
+// tell brings conditions and Events up to date with the findings. It writes when a
+// condition changes, not when an error message does, which may hold a request id.
+func (r *report) tell(ctx context.Context) error {
+	news := map[StoreRef][]metav1.Condition{}
+	r.mu.Lock()
+	for key, f := range r.findings {
+		c := metav1.Condition{Type: key.kind, Status: metav1.ConditionTrue, Reason: f.reason}
+		if f.err != nil {
+			c.Status, c.Message = metav1.ConditionFalse, f.err.Error()
+		}
+		if !passing(key.kind, f.err) || time.Since(f.since) >= passingPatience {
+			news[key.at] = append(news[key.at], c)
+		}
+	}
+	progress := r.lastWAL != "" && time.Since(r.written) >= progressLife
+	if progress && news[r.archive] == nil {
+		news[r.archive] = []metav1.Condition{}
+	}
+	r.mu.Unlock()
+	var errs []error
+	for at, conditions := range news {
+		st, err := r.source.Status(ctx, at.ObjectStore)
+		known := st.Servers[at.ServerName].Conditions
+		for _, c := range conditions {
+			errs = append(errs, r.event(ctx, at, c, meta.FindStatusCondition(known, c.Type)))
+		}
+		if err == nil {
+			err = r.source.UpdateStatus(ctx, at, func(_ *RecoveryWindow, s *ServerStatus) {
+				changed := progress
+				for _, c := range conditions {
+					if old := meta.FindStatusCondition(s.Conditions, c.Type); old != nil && old.Status == c.Status && old.Reason == c.Reason {
+						continue
+					}
+					changed = true
+					meta.SetStatusCondition(&s.Conditions, c)
+					if c.Status == metav1.ConditionFalse {
+						s.LastFailure = &LastFailure{metav1.Now(), c.Reason, c.Message}
+					}
+				}
+				if changed {
+					r.fillProgress(at, s)
+				}
+			})
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// event tells a transition, once. known is the condition that the status has: what a
+// predecessor has told is no news, nor is it one that something new works.
+func (r *report) event(ctx context.Context, at StoreRef, c metav1.Condition, known *metav1.Condition) error {
+	state := string(c.Status) + " " + c.Reason
+	r.mu.Lock()
+	f := r.findings[findingKey{at, c.Type}]
+	told := f.told
+	r.mu.Unlock()
+	if told == "" && known != nil {
+		told = string(known.Status) + " " + known.Reason
+	}
+	if told != state && (told != "" || c.Status == metav1.ConditionFalse) {
+		eventType, reason, message := corev1.EventTypeWarning, c.Reason, c.Message
+		if c.Status == metav1.ConditionTrue {
+			eventType, reason, message = corev1.EventTypeNormal, c.Type, fmt.Sprintf("%s of server %s in ObjectStore %s is well again", c.Type, at.ServerName, at.ObjectStore)
+		}
+		if err := r.source.Tell(ctx, eventType, reason, message); err != nil {
+			return err
+		}
+	}
+	r.mu.Lock()
+	f.told = state
+	r.mu.Unlock()
+	return nil
+}
+
+// fillProgress sets what changes with each segment.
+func (r *report) fillProgress(at StoreRef, s *ServerStatus) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if at != r.archive {
+		return
+	}
+	r.written = time.Now()
+	last := metav1.NewTime(r.lastTime)
+	s.LastArchivedWAL, s.LastArchivedTime = r.lastWAL, &last
+	s.OldestWaitingWAL, s.OldestWaitingSince = "", nil
+	if name, since, _ := oldestWaiting(r.pgdata); name != "" {
+		at := metav1.NewTime(since)
+		s.OldestWaitingWAL, s.OldestWaitingSince = name, &at
+	}
+}
+
+// oldestWaiting is the first WAL file that PostgreSQL has marked as ready to be archived, since when, and how many there are.
+func oldestWaiting(pgdata string) (name string, since time.Time, n int) {
+	wals := filepath.Join(pgdata, "pg_wal")
+	names, _ := waitingWAL(wals)
+	for _, name := range names {
+		if info, err := os.Stat(filepath.Join(wals, "archive_status", name+".ready")); err == nil {
+			return name, info.ModTime(), len(names)
+		}
+	}
+	return "", time.Time{}, 0
+}
+
+// ---------------------------------------------------------------------------
+// Maintenance
+// ---------------------------------------------------------------------------
+
+// defaultMaintenance is the interval where the ObjectStore has none, and after an error.
+const defaultMaintenance = 5 * time.Minute
+
+// housekeep tells what is found, and on the primary looks after the archive every
+// retentionPolicyIntervalSeconds, until ctx ends.
+func (r *report) housekeep(ctx context.Context, instance string) {
+	var both sync.WaitGroup
+	both.Go(func() { again(ctx, r.wake, r.tell) })
+	if kube, ok := r.source.(*kubeSource); ok { // elsewhere nobody says who is the primary
+		var next time.Time
+		both.Go(func() {
+			again(ctx, nil, func(ctx context.Context) error {
+				if time.Now().Before(next) {
+					return nil
+				}
+				pause, err := r.maintain(ctx, kube, instance)
+				next = time.Now().Add(pause)
+				return err
+			})
+		})
+	}
+	both.Wait()
+}
+
+// again calls f at once, at every tick and when it is woken. Of an error that stays it tells once.
+func again(ctx context.Context, wake <-chan struct{}, f func(context.Context) error) {
+	tick := time.NewTicker(housekeepingTick)
+	defer tick.Stop()
+	for said := ""; ctx.Err() == nil; {
+		err := f(ctx)
+		switch {
+		case err == nil:
+			said = ""
+		case err.Error() != said && ctx.Err() == nil:
+			said = err.Error()
+			slog.Warn("Could not do the housekeeping of the archive; it is tried again", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-wake:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// maintain looks after the archive of the cluster once, if this is its primary, and says
+// when to do so again; 0 means that it is not for us now.
+func (r *report) maintain(ctx context.Context, kube *kubeSource, instance string) (time.Duration, error) {
+	cluster, err := kube.ownCluster(ctx)
+	if err != nil {
+		return 0, err
+	}
+	ref := cluster.ArchiveStore()
+	if ref == nil || cluster.Status.CurrentPrimary != instance || fileExists(filepath.Join(r.pgdata, emptyArchiveMarker)) {
+		return 0, nil // with the marker, what lies there may still be another cluster's
+	}
+	pause := defaultMaintenance
+	o, err := kube.objectStore(ctx, ref.ObjectStore)
+	if err == nil {
+		err = r.lookAfter(ctx, kube, cluster, *ref, o.Spec.RetentionPolicy)
+		if seconds := o.Spec.InstanceSidecarConfiguration.RetentionPolicyIntervalSeconds; err == nil && seconds > 0 {
+			pause = time.Duration(seconds) * time.Second
+		}
+	}
+	if ctx.Err() != nil {
+		return 0, ctx.Err()
+	}
+	if err != nil {
+		err = fmt.Errorf("retention of server %s in ObjectStore %s: %w", ref.ServerName, ref.ObjectStore, err)
+	}
+	r.found(*ref, conditionRetention, "RetentionPolicyFailed", err)
+	return pause, err
+}
+
+func (r *report) lookAfter(ctx context.Context, kube *kubeSource, cluster *Cluster, ref StoreRef, policy string) error {
+	s, err := kube.Store(ctx, ref)
+	if err != nil {
+		return err
+	}
+	backups, err := kube.backups(ctx, cluster)
+	if err != nil {
+		return err
+	}
+	catalog, err := s.Catalog(ctx)
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		kube.dropBackups(ctx, cluster, s, catalog, backups),
+		r.source.UpdateStatus(ctx, ref, func(w *RecoveryWindow, _ *ServerStatus) {
+			w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = catalog.recoverability()
+		}))
+}
+
+// backupObject is what we read of a Backup (postgresql.cnpg.io/v1).
+type backupObject struct {
+	metav1.ObjectMeta `json:"metadata"`
+
+	Spec struct {
+		Cluster struct {
+			Name string `json:"name"`
+		} `json:"cluster"`
+		Method string `json:"method"`
+	} `json:"spec"`
+	Status struct {
+		Phase          string            `json:"phase"`
+		BackupID       string            `json:"backupId"`
+		BeginWAL       string            `json:"beginWal"`
+		PluginMetadata map[string]string `json:"pluginMetadata"`
+	} `json:"status"`
+}
+
+// ended says that nothing works on the Backup any more.
+func (b *backupObject) ended() bool {
+	return b.Status.Phase == "completed" || b.Status.Phase == "failed"
+}
+
+// backups lists the Backup objects of a cluster.
+func (k *kubeSource) backups(ctx context.Context, cluster *Cluster) (found []*backupObject, err error) {
+	options := metav1.ListOptions{Limit: 200}
+	for {
+		page, err := k.client.Resource(k.group.WithResource("backups")).Namespace(k.namespace).List(ctx, options)
+		if err != nil {
+			return nil, fmt.Errorf("list the Backup objects of Cluster %s/%s: %w", k.namespace, cluster.Name, err)
+		}
+		for i := range page.Items {
+			b := &backupObject{}
+			if err := runtime.DefaultUnstructuredConverter.FromUnstructured(page.Items[i].Object, b); err != nil {
+				return nil, fmt.Errorf("Backup %s/%s: %w", k.namespace, page.Items[i].GetName(), err)
+			}
+			if b.Spec.Cluster.Name == cluster.Name {
+				found = append(found, b)
+			}
+		}
+		if options.Continue = page.GetContinue(); options.Continue == "" {
+			return found, nil
+		}
+	}
+}
+
+// dropBackups deletes the Backup objects whose backup has left the catalog, but only those
+// that are known to have been taken to this very place: a Cluster may have been switched
+// to another store, and the backups in the old one are still there. The original plugin
+// does not note the place, so its Backups get it noted while their backup is seen here.
+func (k *kubeSource) dropBackups(ctx context.Context, cluster *Cluster, s *Store, catalog *Catalog, backups []*backupObject) error {
+	there := map[string]string{} // backup id to begin WAL
+	for _, b := range catalog.Backups {
+		there[b.ID] = b.BeginWAL
+	}
+	for _, id := range slices.Concat(catalog.Incomplete, slices.Collect(maps.Keys(catalog.Unreadable))) {
+		there[id] = ""
+	}
+	client := k.client.Resource(k.group.WithResource("backups")).Namespace(k.namespace)
+	var errs []error
+	for _, b := range backups {
+		origin := b.Status.PluginMetadata
+		if b.Status.Phase != "completed" || b.Status.BackupID == "" || origin["pluginName"] != PluginName || origin["clusterUID"] != string(cluster.UID) {
+			continue
+		}
+		wal, present := there[b.Status.BackupID]
+		switch {
+		case !present && origin[placeMetadata] == s.place():
+			err := client.Delete(ctx, b.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &b.UID}})
+			if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
+				errs = append(errs, fmt.Errorf("delete Backup %s/%s, whose backup %s is gone: %w", k.namespace, b.Name, b.Status.BackupID, err))
+				continue
+			}
+			slog.Info("Deleted a Backup object, since its backup is not in the catalog any more", "backup", b.Name, "backupID", b.Status.BackupID, "place", s.place())
+		case present && origin[placeMetadata] == "" && wal != "" && wal == b.Status.BeginWAL:
+			patch, _ := json.Marshal(map[string]any{"status": map[string]any{"pluginMetadata": map[string]string{placeMetadata: s.place()}}})
+			if _, err := client.Patch(ctx, b.Name, types.MergePatchType, patch, metav1.PatchOptions{}, "status"); err != nil && !apierrors.IsNotFound(err) {
+				errs = append(errs, fmt.Errorf("note in Backup %s/%s where its backup is: %w", k.namespace, b.Name, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // ---------------------------------------------------------------------------
@@ -426,20 +842,23 @@ func (f *fileSource) Status(_ context.Context, objectStore string) (ObjectStoreS
 	return f.status[objectStore], nil
 }
 
-func (f *fileSource) UpdateRecoveryWindow(_ context.Context, ref StoreRef, change func(*RecoveryWindow)) error {
+func (f *fileSource) UpdateStatus(_ context.Context, ref StoreRef, change func(*RecoveryWindow, *ServerStatus)) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	st := f.status[ref.ObjectStore]
-	windows := maps.Clone(st.ServerRecoveryWindow)
-	if windows == nil {
-		windows = map[string]RecoveryWindow{}
-	}
-	w := windows[ref.ServerName]
-	change(&w)
-	windows[ref.ServerName] = w
-	f.status[ref.ObjectStore] = ObjectStoreStatus{ServerRecoveryWindow: windows}
+	old := f.status[ref.ObjectStore] // readers may have it: its maps are not changed
+	st := ObjectStoreStatus{map[string]RecoveryWindow{}, map[string]ServerStatus{}}
+	maps.Copy(st.ServerRecoveryWindow, old.ServerRecoveryWindow)
+	maps.Copy(st.Servers, old.Servers)
+	w, server := st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName]
+	server.Conditions = slices.Clone(server.Conditions)
+	change(&w, &server)
+	st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName] = w, server
+	f.status[ref.ObjectStore] = st
 	return nil
 }
+
+// Tell has nobody to tell: what it would say is in the log.
+func (f *fileSource) Tell(context.Context, string, string, string) error { return nil }
 
 // secretKey takes one key out of a Secret.
 func secretKey(s *corev1.Secret, sel SecretKeySelector) ([]byte, error) {
@@ -466,7 +885,9 @@ const certificatesDirectory = "/barman-certificates"
 type kubeSource struct {
 	client    dynamic.Interface
 	namespace string
-	life      context.Context // of the watches
+	cluster   string              // of this Pod
+	group     schema.GroupVersion // of the Clusters
+	life      context.Context     // of the watches
 	stores    openStores
 
 	mu      sync.Mutex
@@ -483,15 +904,16 @@ func newKubeSource(ctx context.Context, namespace string) (*kubeSource, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reach the Kubernetes API: %w; outside Kubernetes use --objectstore FILE", err)
 	}
-	return kubeSourceFor(ctx, c, namespace)
+	return kubeSourceFor(ctx, c, namespace, os.Getenv("CLUSTER_NAME"))
 }
 
-func kubeSourceFor(ctx context.Context, c *rest.Config, namespace string) (*kubeSource, error) {
+func kubeSourceFor(ctx context.Context, c *rest.Config, namespace, cluster string) (*kubeSource, error) {
 	client, err := dynamic.NewForConfig(c)
 	if err != nil {
 		return nil, fmt.Errorf("make a Kubernetes client: %w", err)
 	}
-	return &kubeSource{client: client, namespace: namespace, life: ctx, watches: map[watchKey]*objectWatch{}}, nil
+	group := schema.GroupVersion{Group: cmp.Or(os.Getenv("CUSTOM_CNPG_GROUP"), "postgresql.cnpg.io"), Version: cmp.Or(os.Getenv("CUSTOM_CNPG_VERSION"), "v1")}
+	return &kubeSource{client: client, namespace: namespace, cluster: cluster, group: group, life: ctx, watches: map[watchKey]*objectWatch{}}, nil
 }
 
 // objectWatch follows one object by its name.
@@ -620,27 +1042,93 @@ func (k *kubeSource) Status(ctx context.Context, objectStore string) (ObjectStor
 	return o.Status, nil
 }
 
-// UpdateRecoveryWindow writes the window of one server by a merge patch of its own key:
+// UpdateStatus writes what has changed of one server by a merge patch of its own keys:
 // clusters that share a store never conflict.
-func (k *kubeSource) UpdateRecoveryWindow(ctx context.Context, ref StoreRef, change func(*RecoveryWindow)) error {
+func (k *kubeSource) UpdateStatus(ctx context.Context, ref StoreRef, change func(*RecoveryWindow, *ServerStatus)) error {
 	st, err := k.Status(ctx, ref.ObjectStore)
 	if err != nil {
 		return err
 	}
-	w := st.ServerRecoveryWindow[ref.ServerName]
-	change(&w)
-	// A merge patch removes what is null, so every field is spelt out.
-	patch, err := json.Marshal(map[string]any{"status": map[string]any{"serverRecoveryWindow": map[string]any{ref.ServerName: map[string]any{
-		"firstRecoverabilityPoint": w.FirstRecoverabilityPoint,
-		"lastSuccessfulBackupTime": w.LastSuccessfulBackupTime,
-		"lastFailedBackupTime":     w.LastFailedBackupTime,
-	}}}})
+	own := func(w RecoveryWindow, s ServerStatus) (m map[string]any, err error) {
+		text, err := json.Marshal(ObjectStoreStatus{map[string]RecoveryWindow{ref.ServerName: w}, map[string]ServerStatus{ref.ServerName: s}})
+		if err == nil {
+			err = json.Unmarshal(text, &m)
+		}
+		return m, err
+	}
+	w, server := st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName]
+	before, err := own(w, server)
 	if err != nil {
 		return err
 	}
-	if _, err = k.client.Resource(objectStores).Namespace(k.namespace).Patch(ctx, ref.ObjectStore, types.MergePatchType, patch,
+	change(&w, &server)
+	after, err := own(w, server)
+	if err != nil {
+		return err
+	}
+	patch := mergePatch(before, after)
+	if len(patch) == 0 {
+		return nil
+	}
+	text, err := json.Marshal(map[string]any{"status": patch})
+	if err != nil {
+		return err
+	}
+	if _, err = k.client.Resource(objectStores).Namespace(k.namespace).Patch(ctx, ref.ObjectStore, types.MergePatchType, text,
 		metav1.PatchOptions{}, "status"); err != nil {
-		return fmt.Errorf("write the recovery window of %s into ObjectStore %s/%s: %w", ref.ServerName, k.namespace, ref.ObjectStore, err)
+		return fmt.Errorf("write the status of server %s into ObjectStore %s/%s: %w", ref.ServerName, k.namespace, ref.ObjectStore, err)
+	}
+	return nil
+}
+
+// mergePatch is the JSON merge patch (RFC 7386) that makes one object into another; empty when they are equal.
+func mergePatch(from, to map[string]any) map[string]any {
+	patch := map[string]any{}
+	for k, v := range to {
+		old, wasObject := from[k].(map[string]any)
+		object, isObject := v.(map[string]any)
+		switch {
+		case wasObject && isObject:
+			if p := mergePatch(old, object); len(p) > 0 {
+				patch[k] = p
+			}
+		case !reflect.DeepEqual(from[k], v):
+			patch[k] = v
+		}
+	}
+	for k := range from {
+		if _, ok := to[k]; !ok {
+			patch[k] = nil
+		}
+	}
+	return patch
+}
+
+// ownCluster is the Cluster that this Pod belongs to, as it was last seen.
+func (k *kubeSource) ownCluster(ctx context.Context) (*Cluster, error) {
+	u, err := k.get(ctx, k.group.WithResource("clusters"), "Cluster", k.cluster)
+	if err != nil {
+		return nil, err
+	}
+	c := &Cluster{}
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, c); err != nil {
+		return nil, fmt.Errorf("Cluster %s/%s: %w", k.namespace, k.cluster, err)
+	}
+	return c, nil
+}
+
+// Tell writes an Event on the Cluster. CloudNativePG's own Role for the instances admits it.
+func (k *kubeSource) Tell(ctx context.Context, eventType, reason, message string) error {
+	c, err := k.ownCluster(ctx)
+	if err != nil {
+		return err
+	}
+	object, err := runtime.DefaultUnstructuredConverter.ToUnstructured(clusterEvent(c, eventType, reason, message))
+	if err != nil {
+		return err
+	}
+	if _, err := k.client.Resource(events).Namespace(k.namespace).Create(ctx, &unstructured.Unstructured{Object: object}, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("write the Event %s on Cluster %s/%s: %w", reason, k.namespace, k.cluster, err)
 	}
 	return nil
 }

@@ -30,7 +30,10 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -605,7 +608,7 @@ func TestAPISidecarConfiguration(t *testing.T) {
 	config := a.asServiceAccount(a.namespace, "main")
 	faulty := &faultyAPI{}
 	config.Wrap(func(rt http.RoundTripper) http.RoundTripper { faulty.RoundTripper = rt; return faulty })
-	source, err := kubeSourceFor(t.Context(), config, a.namespace)
+	source, err := kubeSourceFor(t.Context(), config, a.namespace, "main")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -653,14 +656,16 @@ func TestAPISidecarConfiguration(t *testing.T) {
 		t.Fatal(err)
 	}
 	end := metav1.NewTime(time.Date(2026, 11, 22, 15, 45, 17, 0, time.UTC))
-	if err := source.UpdateRecoveryWindow(t.Context(), ref, func(w *RecoveryWindow) { w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = &end, &end }); err != nil {
+	if err := source.UpdateStatus(t.Context(), ref, func(w *RecoveryWindow, _ *ServerStatus) {
+		w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = &end, &end
+	}); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, "the status to come back", func() bool {
 		st, err := source.Status(t.Context(), "store-a")
 		return err == nil && st.ServerRecoveryWindow["main"].LastSuccessfulBackupTime.Equal(&end)
 	})
-	if err := source.UpdateRecoveryWindow(t.Context(), ref, func(w *RecoveryWindow) { now := metav1.Now(); w.LastFailedBackupTime = &now }); err != nil {
+	if err := source.UpdateStatus(t.Context(), ref, func(w *RecoveryWindow, _ *ServerStatus) { now := metav1.Now(); w.LastFailedBackupTime = &now }); err != nil {
 		t.Fatal(err)
 	}
 	windows := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.ServerRecoveryWindow
@@ -681,6 +686,232 @@ func TestAPISidecarConfiguration(t *testing.T) {
 		err := archive("000000010000000000000007")
 		return status.Code(err) == codes.FailedPrecondition && strings.Contains(err.Error(), "ObjectStore "+a.namespace+"/store-a: not found")
 	})
+}
+
+// ---------------------------------------------------------------------------
+// Looking after the archive
+// ---------------------------------------------------------------------------
+
+// cloudNativePG installs the operator's CustomResourceDefinitions, and gives a ServiceAccount
+// what of CloudNativePG's own Role for instances (its pkg/specs/roles.go) the sidecar uses.
+func (a *api) cloudNativePG(account string) {
+	a.t.Helper()
+	var module struct{ Dir string }
+	if err := json.Unmarshal([]byte(mustRun(a.t, exec.Command("go", "mod", "download", "-json", "github.com/cloudnative-pg/cloudnative-pg@v1.30.0"))), &module); err != nil {
+		a.t.Fatal(err)
+	}
+	for _, kind := range []string{"clusters", "backups"} {
+		crd := filepath.Join(testDir(a.t), kind+".yaml")
+		content, err := os.ReadFile(filepath.Join(module.Dir, "config/crd/bases/postgresql.cnpg.io_"+kind+".yaml"))
+		if err != nil {
+			a.t.Fatal(err)
+		}
+		mustWrite(a.t, crd, strings.TrimPrefix(string(content), "---\n"))
+		a.installCRD(crd, nil)
+	}
+	a.serviceAccount(account)
+	a.apply(fromYAML(a.t, fmt.Sprintf(`
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: %s, namespace: %s}
+rules:
+- {apiGroups: [postgresql.cnpg.io], resources: [clusters], resourceNames: [%[1]s], verbs: [get, list, watch]}
+- {apiGroups: [postgresql.cnpg.io], resources: [backups], verbs: [list, get, delete]}
+- {apiGroups: [postgresql.cnpg.io], resources: [backups/status], verbs: [get, patch, update]}
+- {apiGroups: [""], resources: [events], verbs: [create, patch]}`, account, a.namespace)))
+	a.apply(fromYAML(a.t, fmt.Sprintf(`
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: %s, namespace: %s}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: %[1]s}
+subjects: [{kind: ServiceAccount, name: %[1]s}]`, account, a.namespace)))
+}
+
+// putStatus sets the status of an object.
+func (a *api) putStatus(u *unstructured.Unstructured, status string) *unstructured.Unstructured {
+	a.t.Helper()
+	updated, err := a.on(u).Patch(a.t.Context(), u.GetName(), types.MergePatchType, []byte(`{"status":`+status+`}`), metav1.PatchOptions{}, "status")
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return updated
+}
+
+// told lists the Events on the Clusters of the namespace, as TYPE REASON.
+func (a *api) told() (told []string) {
+	a.t.Helper()
+	list, err := a.client.Resource(events).Namespace(a.namespace).List(a.t.Context(), metav1.ListOptions{})
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	for _, u := range list.Items {
+		e := as[corev1.Event](a.t, &u)
+		told = append(told, e.Type+" "+e.Reason)
+		if e.InvolvedObject.Kind != "Cluster" || e.InvolvedObject.UID == "" || e.Message == "" {
+			a.t.Errorf("the Event %s is about %s %s: %q", e.Reason, e.InvolvedObject.Kind, e.InvolvedObject.UID, e.Message)
+		}
+	}
+	slices.Sort(told)
+	return told
+}
+
+// maintained is a Cluster main with its store-a, its primary's sidecar, and what that may do.
+func (a *api) maintained(server *s3Server, bucket string) (*report, *kubeSource) {
+	t := a.t
+	t.Helper()
+	a.cloudNativePG("main")
+	a.create(a.storeYAML("store-a", fmt.Sprintf("configuration: {destinationPath: 's3://%s', endpointURL: '%s'}", bucket, server.Endpoint)))
+	a.apply(fromYAML(t, fmt.Sprintf("apiVersion: v1\nkind: Secret\nmetadata: {name: store-a-keys, namespace: %s}\nstringData: {ACCESS_KEY_ID: %s, ACCESS_SECRET_KEY: %s}",
+		a.namespace, server.AccessKey, server.SecretKey)))
+	cluster := a.create(a.cluster("main", archives+"instances: 1\nstorage: {size: 1Gi}\n"))
+	cluster = a.putStatus(cluster, `{"currentPrimary":"main-1"}`)
+	a.start(a.install()).mustProceed(cluster)
+	source, err := kubeSourceFor(t.Context(), a.asServiceAccount(a.namespace, "main"), a.namespace, "main")
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the authorizer to see the Roles", func() bool {
+		_, err := source.Store(t.Context(), StoreRef{"store-a", "main"})
+		_, err2 := source.ownCluster(t.Context())
+		return err == nil && err2 == nil
+	})
+	return newReport(source, testDir(t)), source
+}
+
+func (a *api) conditions(server string) map[string]string {
+	a.t.Helper()
+	found := map[string]string{}
+	for _, c := range as[ObjectStore](a.t, a.read("ObjectStore", a.namespace, "store-a")).Status.Servers[server].Conditions {
+		found[c.Type] = string(c.Status) + " " + c.Reason
+	}
+	return found
+}
+
+// The primary's sidecar keeps the recovery window and the Backup objects in step with the
+// bucket. It deletes no Backup whose backup may lie in another place.
+func TestAPIMaintenance(t *testing.T) {
+	a := testAPI(t)
+	server, bucket := testS3(t), newBucket(t)
+	r, kube := a.maintained(server, bucket)
+	ref := StoreRef{"store-a", "main"}
+	store, err := kube.Store(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends []time.Time
+	for _, id := range []string{"20260101T100000", "20260201T100000"} {
+		b := testBackup(t, server, bucket, store, map[string][]byte{"data.tar": {}}, func(b *BackupInfo) {
+			b.ID = id
+			at, _ := time.Parse(backupIDLayout, id)
+			b.BeginTime, b.EndTime = at, at.Add(time.Minute)
+		})
+		ends = append(ends, b.EndTime)
+	}
+	server.write(t, bucket, "main/base/20260301T100000/data.tar", []byte("in progress"))
+	info, err := store.ReadBackupInfo(t.Context(), "20260201T100000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid := string(a.read("Cluster", a.namespace, "main").GetUID())
+	here := server.Endpoint + " s3://" + bucket + "/main"
+	for name, c := range map[string]struct{ id, wal, uid, place, phase, cluster string }{
+		"here-there":        {"20260101T100000", info.BeginWAL, uid, here, "completed", "main"},
+		"here-gone":         {"20250101T100000", info.BeginWAL, uid, here, "completed", "main"},
+		"here-in-progress":  {"20260301T100000", info.BeginWAL, uid, here, "completed", "main"},
+		"elsewhere":         {"20250101T100000", info.BeginWAL, uid, "http://old s3://" + bucket + "/main", "completed", "main"},
+		"original-there":    {"20260201T100000", info.BeginWAL, uid, "", "completed", "main"},
+		"original-like":     {"20260101T100000", "0000000100000000000000FF", uid, "", "completed", "main"},
+		"original-gone":     {"20250101T100000", info.BeginWAL, uid, "", "completed", "main"},
+		"another-life":      {"20250101T100000", info.BeginWAL, "another uid", here, "completed", "main"},
+		"of-another":        {"20250101T100000", info.BeginWAL, uid, here, "completed", "other"},
+		"still-in-progress": {"", "", uid, here, "running", "main"},
+	} {
+		b := a.create(fromYAML(t, fmt.Sprintf("apiVersion: postgresql.cnpg.io/v1\nkind: Backup\nmetadata: {name: %s, namespace: %s}\nspec: {cluster: {name: %s}, method: plugin}",
+			name, a.namespace, c.cluster)))
+		metadata := map[string]string{"pluginName": PluginName, "clusterUID": c.uid}
+		if c.place != "" {
+			metadata["place"] = c.place
+		}
+		a.putStatus(b, string(toJSON(t, map[string]any{"phase": c.phase, "backupId": c.id, "beginWal": c.wal, "pluginMetadata": metadata})))
+	}
+	maintain := func(instance string, acts bool) error {
+		t.Helper()
+		pause, err := r.maintain(t.Context(), kube, instance)
+		if acts != (pause > 0) {
+			t.Errorf("maintenance in %s: %v, %v", instance, pause, err)
+		}
+		return errors.Join(err, r.tell(t.Context()))
+	}
+	left := func() (names []string) {
+		list, err := a.client.Resource(resources["Backup"]).Namespace(a.namespace).List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range list.Items {
+			names = append(names, b.GetName())
+		}
+		return names
+	}
+	all := left()
+
+	// not on a standby, and not before it is known whose archive this is
+	if err := maintain("main-2", false); err != nil {
+		t.Error(err)
+	}
+	marker := filepath.Join(r.pgdata, emptyArchiveMarker)
+	mustWrite(t, marker, "")
+	if err := maintain("main-1", false); err != nil {
+		t.Error(err)
+	}
+	equal(t, "Backups", left(), all)
+	os.Remove(marker)
+
+	if err := maintain("main-1", true); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, "Backups", left(), slices.DeleteFunc(slices.Clone(all), func(n string) bool { return n == "here-gone" }))
+	windows := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.ServerRecoveryWindow
+	if w := windows["main"]; !w.FirstRecoverabilityPoint.Time.Equal(ends[0]) || !w.LastSuccessfulBackupTime.Time.Equal(ends[1]) || w.LastFailedBackupTime != nil || len(windows) != 1 {
+		t.Errorf("recovery window %+v", windows)
+	}
+	if got := a.conditions("main"); got[conditionRetention] != "True Succeeded" {
+		t.Errorf("conditions %q", got)
+	}
+
+	// what was seen here and goes, goes with its object
+	server.remove(t, bucket, "main/base/20260201T100000/backup.info")
+	server.remove(t, bucket, "main/base/20260201T100000/data.tar")
+	if err := maintain("main-1", true); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, "Backups", left(), slices.DeleteFunc(slices.Clone(all), func(n string) bool { return n == "here-gone" || n == "original-there" }))
+
+	// a failure is told once, and once that it is over
+	keys := a.read("Secret", a.namespace, "store-a-keys")
+	a.remove("Secret", a.namespace, "store-a-keys")
+	waitFor(t, "the sidecar to see it", func() bool { return errors.Is(second(kube.Store(t.Context(), ref)), errNoObject) })
+	for range 2 {
+		mustSay(t, maintain("main-1", true), errNoObject, "Secret "+a.namespace+"/store-a-keys")
+	}
+	equal(t, "Events", a.told(), []string{"Warning RetentionPolicyFailed"})
+	if got := a.conditions("main"); got[conditionRetention] != "False RetentionPolicyFailed" {
+		t.Errorf("conditions %q", got)
+	}
+	// the next process knows that it is told
+	r = newReport(kube, r.pgdata)
+	waitFor(t, "the status to come back", func() bool {
+		st, err := kube.Status(t.Context(), "store-a")
+		return err == nil && meta.IsStatusConditionFalse(st.Servers["main"].Conditions, conditionRetention)
+	})
+	maintain("main-1", true)
+	equal(t, "Events", a.told(), []string{"Warning RetentionPolicyFailed"})
+	keys.SetResourceVersion("")
+	a.create(keys)
+	waitFor(t, "the sidecar to see it", func() bool { return second(kube.Store(t.Context(), ref)) == nil })
+	if err := maintain("main-1", true); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, "Events", a.told(), []string{"Normal RetentionApplied", "Warning RetentionPolicyFailed"})
 }
 
 // ---------------------------------------------------------------------------

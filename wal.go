@@ -1159,6 +1159,7 @@ type walService struct {
 	pgdata   string
 	archiver *archiver
 	prefetch *prefetcher
+	report   *report
 }
 
 // newWALService makes the service; its background work ends with life. spool is a
@@ -1173,7 +1174,8 @@ func newWALService(life context.Context, source configSource, instance, pgdata, 
 	for _, name := range leftovers {
 		os.Remove(name)
 	}
-	return &walService{source: source, instance: instance, pgdata: pgdata, archiver: newArchiver(life), prefetch: prefetch}, nil
+	return &walService{source: source, instance: instance, pgdata: pgdata, archiver: newArchiver(life), prefetch: prefetch,
+		report: newReport(source, pgdata)}, nil
 }
 
 // wait returns when the background work has ended.
@@ -1206,9 +1208,18 @@ func (w *walService) Archive(ctx context.Context, r *wal.WALArchiveRequest) (*wa
 		return nil, status.Errorf(codes.FailedPrecondition, "archive %s: Cluster %s has no enabled plugin %s with the parameter barmanObjectName",
 			filepath.Base(r.SourceFileName), cluster.Name, PluginName)
 	}
-	s, err := w.source.Store(ctx, *ref)
+	err = w.archive(ctx, cluster, *ref, r)
+	w.report.archived(cluster, *ref, filepath.Base(r.SourceFileName), err)
 	if err != nil {
 		return nil, grpcError(err)
+	}
+	return &wal.WALArchiveResult{}, nil
+}
+
+func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef, r *wal.WALArchiveRequest) error {
+	s, err := w.source.Store(ctx, ref)
+	if err != nil {
+		return err
 	}
 	check := cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled" && fileExists(filepath.Join(w.pgdata, emptyArchiveMarker))
 	if r.CheckEmptyWalArchive != nil { // operators before 1.30 leave the decision to us
@@ -1216,18 +1227,18 @@ func (w *walService) Archive(ctx context.Context, r *wal.WALArchiveRequest) (*wa
 	}
 	if check {
 		if err := checkEmptyArchive(ctx, s, r.SourceFileName); err != nil {
-			return nil, grpcError(fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err))
+			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
 		}
 	}
 	if err := w.archiver.archive(ctx, s, r.SourceFileName, !check); err != nil {
-		return nil, grpcError(err)
+		return err
 	}
 	// The next segment may come before the instance manager removes the marker, and
 	// would then find an archive that is not empty any more.
 	if err := os.Remove(filepath.Join(w.pgdata, emptyArchiveMarker)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, grpcError(fmt.Errorf("archive %s: stored, but the marker of the empty-archive check stays: %w", filepath.Base(r.SourceFileName), err))
+		return fmt.Errorf("archive %s: stored, but the marker of the empty-archive check stays: %w", filepath.Base(r.SourceFileName), err)
 	}
-	return &wal.WALArchiveResult{}, nil
+	return nil
 }
 
 func fileExists(path string) bool {
