@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -148,9 +149,8 @@ func logFlags(fs *flag.FlagSet) {
 	})
 }
 
-// parseFlags reads the flags and checks that n arguments follow them, or less by those
-// whose names are in brackets.
-func parseFlags(fs *flag.FlagSet, args []string, n int, names ...string) error {
+// parseFlags reads the flags and checks that arguments of these names follow them; one in brackets may be left out.
+func parseFlags(fs *flag.FlagSet, args []string, names ...string) error {
 	fs.Usage = func() {
 		fmt.Fprintf(fs.Output(), "Usage: cnpg-barman-s3 %s\n\n", strings.Join(append([]string{fs.Name(), "FLAGS"}, names...), " "))
 		fs.PrintDefaults()
@@ -161,13 +161,8 @@ func parseFlags(fs *flag.FlagSet, args []string, n int, names ...string) error {
 		}
 		return exitStatus(exitUsage) // the flag package has told it
 	}
-	least := n
-	for _, name := range names {
-		if name[0] == '[' {
-			least--
-		}
-	}
-	if fs.NArg() > n || fs.NArg() < least {
+	least := len(slices.DeleteFunc(slices.Clone(names), func(name string) bool { return name[0] == '[' }))
+	if n := len(names); fs.NArg() > n || fs.NArg() < least {
 		return usageError{fmt.Errorf("%s takes %d arguments after its flags (%s), not %d; see cnpg-barman-s3 %s --help",
 			fs.Name(), n, strings.Join(names, " "), fs.NArg(), fs.Name())}
 	}
@@ -232,20 +227,26 @@ func setLogger(name, format string) error {
 	return nil
 }
 
-// storeFlags are the flags of the subcommands that work on one server in one store.
-type storeFlags struct {
+// storeCommand is a subcommand that works on one server in one store, which its flags name.
+type storeCommand struct {
+	*flag.FlagSet
 	file, name, server string
 }
 
-func (f *storeFlags) add(fs *flag.FlagSet) {
-	logFlags(fs)
-	fs.StringVar(&f.file, "objectstore", "", "the YAML `file` with the ObjectStore and its Secrets")
-	fs.StringVar(&f.name, "objectstore-name", "", "the `name` of the ObjectStore, when the file holds several")
-	fs.StringVar(&f.server, "server-name", "", "the server `name` under which the cluster's objects lie")
+func newStoreCommand(name string) *storeCommand {
+	f := &storeCommand{FlagSet: flag.NewFlagSet(name, flag.ContinueOnError)}
+	logFlags(f.FlagSet)
+	f.StringVar(&f.file, "objectstore", "", "the YAML `file` with the ObjectStore and its Secrets")
+	f.StringVar(&f.name, "objectstore-name", "", "the `name` of the ObjectStore, when the file holds several")
+	f.StringVar(&f.server, "server-name", "", "the server `name` under which the cluster's objects lie")
+	return f
 }
 
-// open opens the store that the flags name.
-func (f *storeFlags) open(ctx context.Context) (*Store, error) {
+// open reads the command line as parseFlags does, and opens the store.
+func (f *storeCommand) open(ctx context.Context, args []string, names ...string) (*Store, error) {
+	if err := parseFlags(f.FlagSet, args, names...); err != nil {
+		return nil, err
+	}
 	switch {
 	case f.file == "":
 		return nil, usageError{errors.New("--objectstore FILE is missing: a YAML file with the ObjectStore and its Secrets")}
@@ -271,14 +272,9 @@ func (f *storeFlags) open(ctx context.Context) (*Store, error) {
 // ---------------------------------------------------------------------------
 
 func runWALArchive(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("wal-archive", flag.ContinueOnError)
-	var store storeFlags
-	store.add(fs)
+	fs := newStoreCommand("wal-archive")
 	empty := fs.Bool("check-empty", false, "first make sure that the WAL archive is empty, as for the first file of a new cluster")
-	if err := parseFlags(fs, args, 1, "PATH"); err != nil {
-		return err
-	}
-	s, err := store.open(ctx)
+	s, err := fs.open(ctx, args, "PATH")
 	if err != nil {
 		return err
 	}
@@ -304,14 +300,9 @@ func runWALRestore(ctx context.Context, args []string) error {
 }
 
 func walRestore(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("wal-restore", flag.ContinueOnError)
-	var store storeFlags
-	store.add(fs)
+	fs := newStoreCommand("wal-restore")
 	patience := fs.Duration("patience", 10*time.Minute, "retry a store that cannot be reached for this long")
-	if err := parseFlags(fs, args, 2, "NAME", "DESTINATION"); err != nil {
-		return err
-	}
-	s, err := store.open(ctx)
+	s, err := fs.open(ctx, args, "NAME", "DESTINATION")
 	if err != nil {
 		return err
 	}
@@ -320,15 +311,10 @@ func walRestore(ctx context.Context, args []string) error {
 }
 
 func runBackup(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("backup", flag.ContinueOnError)
-	var store storeFlags
-	store.add(fs)
+	fs := newStoreCommand("backup")
 	name := fs.String("name", "", "give the backup this `name`")
 	immediate := fs.Bool("immediate-checkpoint", false, "do not wait for a spread checkpoint (also: data.immediateCheckpoint of the ObjectStore)")
-	if err := parseFlags(fs, args, 0); err != nil {
-		return err
-	}
-	s, err := store.open(ctx)
+	s, err := fs.open(ctx, args)
 	if err != nil {
 		return err
 	}
@@ -348,9 +334,7 @@ func runBackup(ctx context.Context, args []string) error {
 }
 
 func runRestore(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("restore", flag.ContinueOnError)
-	var store storeFlags
-	store.add(fs)
+	fs := newStoreCommand("restore")
 	var target RecoveryTarget
 	fs.StringVar(&target.TargetTime, "target-time", "", "recover up to this `time`, UTC unless it names another zone")
 	fs.StringVar(&target.TargetLSN, "target-lsn", "", "recover up to this `LSN`")
@@ -370,20 +354,17 @@ func runRestore(ctx context.Context, args []string) error {
 		return nil
 	})
 	fs.IntVar(&o.Jobs, "jobs", 0, "fetch up to `N` archives of the backup at once (default data.jobs of the ObjectStore)")
-	if err := parseFlags(fs, args, 1, "DIRECTORY"); err != nil {
+	s, err := fs.open(ctx, args, "DIRECTORY")
+	if err != nil {
 		return err
 	}
 	target.TargetImmediate, target.Exclusive = immediate, exclusive
 	o.Dir = fs.Arg(0)
-	s, err := store.open(ctx)
-	if err != nil {
-		return err
-	}
 	b, err := findBackup(ctx, s, &target)
 	if err != nil {
 		return err
 	}
-	file, err := filepath.Abs(store.file)
+	file, err := filepath.Abs(fs.file)
 	if err != nil {
 		return err
 	}
@@ -395,7 +376,7 @@ func runRestore(ctx context.Context, args []string) error {
 	}
 	p.stop()
 	if err := writeRecoverySettings(o.Dir, &target, restoreCommand(binaryPath(), "wal-restore",
-		"--objectstore", file, "--objectstore-name", store.name, "--server-name", store.server)); err != nil {
+		"--objectstore", file, "--objectstore-name", fs.name, "--server-name", fs.server)); err != nil {
 		return err
 	}
 	fmt.Printf("restored backup %s; start PostgreSQL on %s to recover to %s\n", b.ID, o.Dir, describeTarget(&target))
@@ -403,19 +384,14 @@ func runRestore(ctx context.Context, args []string) error {
 }
 
 func runList(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("list", flag.ContinueOnError)
-	var store storeFlags
-	store.add(fs)
+	fs := newStoreCommand("list")
 	output := fs.String("o", "table", "print as `FORMAT`: table or json")
-	if err := parseFlags(fs, args, 0); err != nil {
+	s, err := fs.open(ctx, args)
+	switch {
+	case err != nil:
 		return err
-	}
-	if *output != "table" && *output != "json" {
+	case *output != "table" && *output != "json":
 		return usageError{fmt.Errorf("list: -o must be table or json, not %q", *output)}
-	}
-	s, err := store.open(ctx)
-	if err != nil {
-		return err
 	}
 	c, err := s.Catalog(ctx)
 	if err != nil {
@@ -427,28 +403,21 @@ func runList(ctx context.Context, args []string) error {
 	}
 	rows := listRows(c, sizes)
 	if *output == "json" {
-		encoder := json.NewEncoder(os.Stdout)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(map[string]any{"serverName": s.Config.ServerName, "backups": rows})
+		return printJSON(map[string]any{"serverName": s.Config.ServerName, "backups": rows})
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "ID\tNAME\tSTATUS\tBEGIN\tEND\tTIMELINE\tBEGIN WAL\tEND WAL\tSIZE\tBAD PAGES")
 	for _, r := range rows {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\t%d\n", r.ID, dash(r.Name), r.Status, dash(r.BeginTime), dash(r.EndTime),
-			r.Timeline, dash(r.BeginWAL), dash(r.EndWAL), byteCount(r.Size), r.BadPageCount)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\t%d\n", r.ID, cmp.Or(r.Name, "-"), r.Status, cmp.Or(r.BeginTime, "-"), cmp.Or(r.EndTime, "-"),
+			r.Timeline, cmp.Or(r.BeginWAL, "-"), cmp.Or(r.EndWAL, "-"), byteCount(r.Size), r.BadPageCount)
 	}
 	return w.Flush()
 }
 
 func runVerify(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("verify", flag.ContinueOnError)
-	var store storeFlags
-	store.add(fs)
+	fs := newStoreCommand("verify")
 	asJSON := fs.Bool("json", false, "print as JSON")
-	if err := parseFlags(fs, args, 1, "[BACKUP]"); err != nil {
-		return err
-	}
-	s, err := store.open(ctx)
+	s, err := fs.open(ctx, args, "[BACKUP]")
 	if err != nil {
 		return err
 	}
@@ -460,11 +429,9 @@ func runVerify(ctx context.Context, args []string) error {
 	}
 	p.stop()
 	if *asJSON {
-		encoder := json.NewEncoder(os.Stdout)
-		encoder.SetIndent("", "  ")
-		err = encoder.Encode(v)
+		err = printJSON(v)
 	} else {
-		err = printVerification(v)
+		printVerification(v)
 	}
 	if err == nil && !v.OK {
 		err = exitStatus(exitFailed)
@@ -472,7 +439,13 @@ func runVerify(ctx context.Context, args []string) error {
 	return err
 }
 
-func printVerification(v *verification) error {
+func printJSON(v any) error {
+	encoder := json.NewEncoder(os.Stdout)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(v)
+}
+
+func printVerification(v *verification) {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	verdict := func(problems []string) string {
 		if len(problems) == 0 {
@@ -493,11 +466,10 @@ func printVerification(v *verification) error {
 		}
 	}
 	w.Flush()
-	fmt.Printf("WAL from %s to %s: %d segments, %s: %s\n", dash(v.WAL.From), dash(v.WAL.To), v.WAL.Segments, byteCount(v.WAL.Bytes), verdict(v.WAL.Problems))
+	fmt.Printf("WAL from %s to %s: %d segments, %s: %s\n", cmp.Or(v.WAL.From, "-"), cmp.Or(v.WAL.To, "-"), v.WAL.Segments, byteCount(v.WAL.Bytes), verdict(v.WAL.Problems))
 	for _, p := range append(problems, v.WAL.Problems...) {
 		fmt.Println(p)
 	}
-	return nil
 }
 
 // listRow is one backup as `list` shows it. Size is the bytes that its objects take in the bucket.
@@ -544,13 +516,6 @@ func timestamp(t time.Time) string {
 	return t.UTC().Format(time.RFC3339)
 }
 
-func dash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
-}
-
 // byteCount prints a size with three digits or so.
 func byteCount(n int64) string {
 	f, unit := float64(n), 0
@@ -568,7 +533,7 @@ func runHealthcheck(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("healthcheck", flag.ContinueOnError)
 	logFlags(fs)
 	socket := fs.String("socket", pluginSocket, "ask the sidecar on this unix `socket`")
-	if err := parseFlags(fs, args, 0); err != nil {
+	if err := parseFlags(fs, args); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)

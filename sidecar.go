@@ -67,7 +67,7 @@ func runSidecar(ctx context.Context, args []string) error {
 	pgdata := fs.String("pgdata", os.Getenv("PGDATA"), "the data `directory` of PostgreSQL (default: $PGDATA)")
 	spool := fs.String("spool", os.Getenv("SPOOL_DIRECTORY"), "keep prefetched WAL in this `directory` (default: $SPOOL_DIRECTORY; none: no prefetch)")
 	manifests := fs.String("objectstore", "", "read ObjectStores and their Secrets from this YAML `file` instead of from Kubernetes")
-	if err := parseFlags(fs, args, 0); err != nil {
+	if err := parseFlags(fs, args); err != nil {
 		return err
 	}
 	if *pgdata == "" {
