@@ -61,10 +61,6 @@ type backupOptions struct {
 	StandbyPatience time.Duration
 	// ReportEvery is the time between two log lines about the same wait.
 	ReportEvery time.Duration
-	// Progress is called about once a second while files are copied, from one goroutine,
-	// with bytes read so far and the size of the database cluster. The latter is what it
-	// was at the start, or done where that is more.
-	Progress func(done, total int64)
 }
 
 const (
@@ -174,8 +170,8 @@ type baseBackup struct {
 	fail    context.CancelCauseFunc
 
 	began time.Time
-	done  atomic.Int64 // bytes read
-	took  []string     // how long each tree took, for copy_stats
+	read  *progress // of the files
+	took  []string  // how long each tree took, for copy_stats
 	// manifest lists every file as it is stored, walRanges what is to be replayed.
 	manifest  manifest
 	walRanges []walRange
@@ -279,7 +275,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 	if err := b.store.WriteBackupInfo(commit, b.info); err != nil {
 		return err
 	}
-	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.done.Load(),
+	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.read.done.Load(),
 		"bytesStored", b.stored(), "archives", len(b.archives), "seconds", time.Since(b.began).Seconds())
 	return nil
 }
@@ -399,25 +395,6 @@ func (b *baseBackup) stored() (n int64) {
 		n += a.size.Load()
 	}
 	return n
-}
-
-// every calls f at each interval until stop is called, which waits for a call in progress.
-func every(interval time.Duration, f func()) (stop func()) {
-	quit, ended := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(ended)
-		ticker := time.NewTicker(interval)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-quit:
-				return
-			case <-ticker.C:
-				f()
-			}
-		}
-	}()
-	return func() { close(quit); <-ended }
 }
 
 // ---------------------------------------------------------------------------
@@ -975,12 +952,9 @@ func (b *baseBackup) copyFiles(ctx context.Context) (last *archive, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if b.o.Progress != nil {
-		defer every(time.Second, func() {
-			done := b.done.Load()
-			b.o.Progress(done, max(done, b.session.size))
-		})()
-	}
+	b.read = startProgress("backup")
+	defer b.read.stop()
+	b.read.total.Store(b.session.size)
 	// A server that stops ends the backup: better to know now than after hours of copying.
 	defer every(b.o.ReportEvery, func() {
 		if _, err := b.session.query(ctx, "SELECT 1"); err != nil {
@@ -1162,7 +1136,7 @@ func (b *baseBackup) addFile(ctx context.Context, a *archive, name, path string,
 		}
 		sum = crc32.Update(sum, castagnoli, piece)
 		at += int64(len(piece))
-		b.done.Add(int64(len(piece)))
+		b.read.done.Add(int64(len(piece)))
 	}
 	return b.manifest.add(a.fullName(name), header.Size, header.ModTime, sum)
 }
@@ -1702,19 +1676,7 @@ func (s *backupService) backup(ctx context.Context, ref StoreRef, parameters map
 	if err != nil {
 		return nil, fmt.Errorf("back up: %w", err)
 	}
-	began, reported := time.Now(), time.Now()
-	return takeBackup(ctx, store, backupOptions{
-		Name:   "backup-" + time.Now().UTC().Format("20060102150405"),
-		PGData: s.pgdata,
-		Progress: func(done, total int64) {
-			if time.Since(reported) < defaultReportEvery {
-				return
-			}
-			reported = time.Now()
-			slog.Info("Backup in progress", "bytes", done, "totalBytes", total,
-				"bytesPerSecond", int64(float64(done)/time.Since(began).Seconds()))
-		},
-	})
+	return takeBackup(ctx, store, backupOptions{Name: "backup-" + time.Now().UTC().Format("20060102150405"), PGData: s.pgdata})
 }
 
 // checkBackupParameters refuses a Backup that asks for another store than the one it

@@ -1,8 +1,8 @@
 // cnpg-barman-s3 is the backup plugin for CloudNativePG: it archives WAL, takes base
 // backups and restores them, to and from S3-compatible storage, in Barman's layout.
 //
-// This file is the way in: the table of subcommands, flags, logging, signals and
-// progress. It knows nothing of PostgreSQL, S3 or Kubernetes.
+// This file is the way in: the table of subcommands, flags, logging and signals. It knows
+// nothing of PostgreSQL, S3 or Kubernetes.
 package main
 
 import (
@@ -12,7 +12,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -20,7 +19,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -318,17 +316,10 @@ func runBackup(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	p := startProgress("backup")
-	defer p.stop()
-	info, err := takeBackup(ctx, s, backupOptions{
-		Name:           *name,
-		FastCheckpoint: *immediate,
-		Progress:       p.update,
-	})
+	info, err := takeBackup(ctx, s, backupOptions{Name: *name, FastCheckpoint: *immediate})
 	if err != nil {
 		return err
 	}
-	p.stop()
 	fmt.Println(info.ID)
 	return nil
 }
@@ -368,13 +359,9 @@ func runRestore(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	p := startProgress("restore")
-	defer p.stop()
-	o.Progress = p.update
 	if err := restoreBackup(ctx, s, b, o); err != nil {
 		return err
 	}
-	p.stop()
 	if err := writeRecoverySettings(o.Dir, &target, restoreCommand(binaryPath(), "wal-restore",
 		"--objectstore", file, "--objectstore-name", fs.name, "--server-name", fs.server)); err != nil {
 		return err
@@ -421,13 +408,10 @@ func runVerify(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	p := startProgress("verify")
-	defer p.stop()
-	v, err := verifyStore(ctx, s, fs.Arg(0), p.update)
+	v, err := verifyStore(ctx, s, fs.Arg(0))
 	if err != nil {
 		return err
 	}
-	p.stop()
 	if *asJSON {
 		err = printJSON(v)
 	} else {
@@ -516,19 +500,6 @@ func timestamp(t time.Time) string {
 	return t.UTC().Format(time.RFC3339)
 }
 
-// byteCount prints a size with three digits or so.
-func byteCount(n int64) string {
-	f, unit := float64(n), 0
-	for f >= 1000 && unit < 5 {
-		f /= 1024
-		unit++
-	}
-	if unit == 0 {
-		return fmt.Sprintf("%d B", n)
-	}
-	return fmt.Sprintf("%.1f %ciB", f, "KMGTP"[unit-1])
-}
-
 func runHealthcheck(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("healthcheck", flag.ContinueOnError)
 	logFlags(fs)
@@ -557,88 +528,6 @@ func runHealthcheck(ctx context.Context, args []string) error {
 	default:
 		return exitStatus(125)
 	}
-}
-
-// ---------------------------------------------------------------------------
-// Progress
-// ---------------------------------------------------------------------------
-
-// progress shows how far a backup or a restore has come: a bar on a terminal, a log line
-// every ten seconds otherwise.
-type progress struct {
-	what        string
-	start       time.Time
-	done, total atomic.Int64
-	bar         io.Writer // nil when there is no terminal
-	quit        chan struct{}
-	ended       chan struct{}
-}
-
-func startProgress(what string) *progress {
-	p := &progress{what: what, start: time.Now(), quit: make(chan struct{}), ended: make(chan struct{})}
-	interval := 10 * time.Second
-	if term.IsTerminal(int(os.Stderr.Fd())) {
-		p.bar, interval = os.Stderr, 200*time.Millisecond
-	}
-	go func() {
-		defer close(p.ended)
-		ticker := time.NewTicker(interval)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-ticker.C:
-				p.show()
-			case <-p.quit:
-				if p.bar != nil {
-					p.show()
-					fmt.Fprintln(p.bar)
-				}
-				return
-			}
-		}
-	}()
-	return p
-}
-
-// update takes bytes done and bytes in all (0: not known).
-func (p *progress) update(done, total int64) {
-	p.done.Store(done)
-	p.total.Store(total)
-}
-
-// stop ends the display; it may be called twice.
-func (p *progress) stop() {
-	select {
-	case <-p.quit:
-	default:
-		close(p.quit)
-	}
-	<-p.ended
-}
-
-func (p *progress) show() {
-	done, total := p.done.Load(), p.total.Load()
-	if done == 0 {
-		return
-	}
-	rate := float64(done) / time.Since(p.start).Seconds()
-	left := "unknown"
-	if total > done {
-		left = time.Duration(float64(total-done) / rate * float64(time.Second)).Round(time.Second).String()
-	} else if total > 0 {
-		left = "0s"
-	}
-	if p.bar == nil {
-		slog.Info("Progress", "of", p.what, "bytes", done, "total", total, "bytesPerSecond", int64(rate), "left", left)
-		return
-	}
-	const width = 30
-	filled := 0
-	if total > 0 {
-		filled = int(min(done, total) * width / total)
-	}
-	fmt.Fprintf(p.bar, "\r%s [%s%s] %s of %s, %s/s, %s left   ", p.what, strings.Repeat("=", filled), strings.Repeat(" ", width-filled),
-		byteCount(done), byteCount(total), byteCount(int64(rate)), left)
 }
 
 // binaryPath is how a recovery configuration names this program.

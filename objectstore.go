@@ -54,6 +54,7 @@ import (
 	"github.com/pierrec/lz4/v4"
 	"github.com/ulikunitz/xz"
 	_ "golang.org/x/crypto/x509roots/fallback" // the image has no CA bundle
+	"golang.org/x/term"
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -2087,6 +2088,75 @@ func (s *Store) WriteBackupInfo(ctx context.Context, b *BackupInfo) error {
 		metadata[badPages] = list
 	}
 	return s.Put(ctx, s.baseKey(b.ID, backupInfoFile), content, putOptions{Data: true, Metadata: metadata})
+}
+
+// ---------------------------------------------------------------------------
+// Progress
+// ---------------------------------------------------------------------------
+
+// progress tells how far a backup or a restore has come: in place on a terminal, elsewhere by a log line every ten seconds.
+type progress struct {
+	done, total atomic.Int64 // bytes
+	stop        func()       // ends the display; may be called twice
+}
+
+func startProgress(what string) *progress {
+	p, start, interval := &progress{}, time.Now(), 10*time.Second
+	terminal := term.IsTerminal(int(os.Stderr.Fd()))
+	if terminal {
+		interval = 200 * time.Millisecond
+	}
+	stop := every(interval, func() {
+		done := p.done.Load()
+		if done == 0 {
+			return
+		}
+		total, rate := max(done, p.total.Load()), float64(done)/time.Since(start).Seconds()
+		left := time.Duration(float64(total-done) / rate * float64(time.Second)).Round(time.Second)
+		if !terminal {
+			slog.Info("Progress", "of", what, "bytes", done, "total", total, "bytesPerSecond", int64(rate), "left", left.String())
+			return
+		}
+		fmt.Fprintf(os.Stderr, "\r%s: %s of %s, %s/s, %s left   ", what, byteCount(done), byteCount(total), byteCount(int64(rate)), left)
+	})
+	p.stop = sync.OnceFunc(func() {
+		if stop(); terminal {
+			fmt.Fprintln(os.Stderr)
+		}
+	})
+	return p
+}
+
+// byteCount prints a size with three digits or so.
+func byteCount(n int64) string {
+	f, unit := float64(n), 0
+	for f >= 1000 && unit < 5 {
+		f /= 1024
+		unit++
+	}
+	if unit == 0 {
+		return fmt.Sprintf("%d B", n)
+	}
+	return fmt.Sprintf("%.1f %ciB", f, "KMGTP"[unit-1])
+}
+
+// every calls f at each interval until stop is called, which waits for a call in progress.
+func every(interval time.Duration, f func()) (stop func()) {
+	quit, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		ticker := time.NewTicker(interval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-quit:
+				return
+			case <-ticker.C:
+				f()
+			}
+		}
+	}()
+	return func() { close(quit); <-ended }
 }
 
 // ---------------------------------------------------------------------------

@@ -492,8 +492,6 @@ type restoreOptions struct {
 	WALDir      string            // where pg_wal is to be a link to; "" for a directory in PGDATA
 	Tablespaces map[string]string // new locations by name, before restoreAdditionalCommandArgs and backup.info
 	Jobs        int               // archives in flight at once; 0 means data.jobs
-	// Progress is called now and then, by one goroutine at a time, with the stored bytes read so far.
-	Progress func(done, total int64)
 }
 
 const (
@@ -522,9 +520,10 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 	if err := checkFirstWAL(ctx, s, b); err != nil {
 		return fail(err)
 	}
-	r := &restorer{store: s, backup: b, progress: o.Progress, tablespaces: map[uint32]*targetDir{}, winners: map[string]int{}}
+	r := &restorer{store: s, backup: b, read: startProgress("restore"), tablespaces: map[uint32]*targetDir{}, winners: map[string]int{}}
+	defer r.read.stop()
 	for _, a := range archives {
-		r.total += a.Size
+		r.read.total.Add(a.Size)
 	}
 	if err := r.plan(o); err != nil {
 		return fail(err)
@@ -557,14 +556,13 @@ type restorer struct {
 	// data.tar as well as in their own archives, of which the latter count.
 	inside []string
 	sums   fileSums
+	read   *progress // of the objects
 
 	mu sync.Mutex
 	// winners holds, for each staged file of PGDATA, the highest number of an archive
 	// that had it: of a file that is stored twice the later one counts, and archives are
 	// extracted in parallel.
-	winners     map[string]int
-	progress    func(done, total int64)
-	done, total int64
+	winners map[string]int
 }
 
 // targetDir is a directory that a restore writes to. Nothing is ever written outside of
@@ -776,7 +774,7 @@ func (r *restorer) extract(ctx context.Context, a dataArchive) error {
 	if body.Size != a.Size {
 		return fmt.Errorf("%s: it has %d bytes, and had %d in the listing: somebody is writing to this backup", url, body.Size, a.Size)
 	}
-	return archiveError(url, r.unpack(a, progressReader{body, r}))
+	return archiveError(url, r.unpack(a, progressReader{body, r.read}))
 }
 
 // unpack reads an archive from its first to its last byte: codec, tar, files.
@@ -830,17 +828,12 @@ func archiveError(url string, err error) error {
 // progressReader counts what is read of an object.
 type progressReader struct {
 	io.Reader
-	r *restorer
+	*progress
 }
 
 func (p progressReader) Read(b []byte) (int, error) {
 	n, err := p.Reader.Read(b)
-	if p.r.progress != nil {
-		p.r.mu.Lock()
-		defer p.r.mu.Unlock()
-		p.r.done += int64(n)
-		p.r.progress(p.r.done, p.r.total)
-	}
+	p.done.Add(int64(n))
 	return n, err
 }
 
@@ -1297,11 +1290,9 @@ type verification struct {
 	Backups    []*verifiedBackup `json:"backups"`
 	WAL        verifiedWAL       `json:"wal"`
 
-	store    *Store
-	mu       sync.Mutex
-	progress func(done, total int64)
-	done     int64
-	total    int64
+	store *Store
+	mu    sync.Mutex
+	read  *progress
 }
 
 // verifiedBackup is one backup. Only one that is DONE is read; another has only its status.
@@ -1347,8 +1338,9 @@ func (v *verification) problem(list *[]string, err error) error {
 // verifyStore reads the backup of that id, or all backups, and the WAL that follows, as a
 // restore would: every byte is fetched, decompressed and compared with the checksums that
 // there are. It returns an error only when it cannot find out.
-func verifyStore(ctx context.Context, s *Store, id string, progress func(done, total int64)) (*verification, error) {
-	v := &verification{ServerName: s.Config.ServerName, OK: true, Backups: []*verifiedBackup{}, store: s, progress: progress}
+func verifyStore(ctx context.Context, s *Store, id string) (*verification, error) {
+	v := &verification{ServerName: s.Config.ServerName, OK: true, Backups: []*verifiedBackup{}, store: s, read: startProgress("verify")}
+	defer v.read.stop()
 	catalog, err := s.Catalog(ctx)
 	if err != nil {
 		return nil, err
@@ -1391,7 +1383,7 @@ func verifyStore(ctx context.Context, s *Store, id string, progress func(done, t
 			b.Bytes += a.Size
 			b.Archives++
 		}
-		v.total += b.Bytes
+		v.read.total.Add(b.Bytes)
 	}
 	wal, err := v.findWAL(ctx, done)
 	if err != nil {
@@ -1414,8 +1406,7 @@ func verifyStore(ctx context.Context, s *Store, id string, progress func(done, t
 
 // verifyBackup reads the archives of a backup to their ends.
 func (v *verification) verifyBackup(ctx context.Context, b *verifiedBackup) error {
-	r := &restorer{store: v.store, backup: b.info, total: v.total}
-	r.progress = func(done, _ int64) { v.progress(v.done+done, v.total) }
+	r := &restorer{store: v.store, backup: b.info, read: v.read}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(1, cmp.Or(v.store.Config.Configuration.Data.Jobs, defaultJobs)))
 	for _, a := range b.archives {
@@ -1429,7 +1420,6 @@ func (v *verification) verifyBackup(ctx context.Context, b *verifiedBackup) erro
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	v.done += b.Bytes
 	b.Files = len(r.sums.files)
 	control := fileSum(controlFile, 0, 0)[0]
 	if b.archives != nil && !slices.ContainsFunc(r.sums.files, func(f [2]uint64) bool { return f[0] == control }) {
@@ -1520,7 +1510,7 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 		for _, o := range stored[name] {
 			found = append(found, neededWAL{o, needed[name]})
 			v.WAL.Bytes += o.Size
-			v.total += o.Size
+			v.read.total.Add(o.Size)
 		}
 	}
 	tell()
@@ -1538,10 +1528,7 @@ func (v *verification) verifyWAL(ctx context.Context, o neededWAL) error {
 	if err := readWAL(ctx, v.store, o.walObject, io.MultiWriter(counter, &headWriter{header[:0]})); err != nil {
 		return err
 	}
-	v.mu.Lock()
-	v.done += o.Size
-	v.progress(v.done, v.total)
-	v.mu.Unlock()
+	v.read.done.Add(o.Size)
 	if err := checkSegment(name, header[:], counter.n, o.systemID); err != nil {
 		return fmt.Errorf("%s: %w", v.store.URL(o.Key), err)
 	}
@@ -1648,9 +1635,6 @@ func appendSynced(root *os.Root, name, text string) error {
 // The CNPG-I RestoreJobHooks service
 // ---------------------------------------------------------------------------
 
-// progressInterval is the time between two log lines of a restore in progress.
-const progressInterval = 10 * time.Second
-
 // walVolume is where CloudNativePG puts pg_wal when the Cluster has walStorage.
 const walVolume = "/var/lib/postgresql/wal/pg_wal"
 
@@ -1738,16 +1722,6 @@ func (r *restoreJobService) restore(ctx context.Context, cluster *Cluster, check
 		o.WALDir = cmp.Or(r.walDir, walVolume)
 	}
 	start := time.Now()
-	said := start
-	o.Progress = func(done, total int64) {
-		if time.Since(said) < progressInterval {
-			return
-		}
-		said = time.Now()
-		rate := float64(done) / time.Since(start).Seconds()
-		slog.Info("Restoring the base backup", "backupID", b.ID, "bytes", done, "total", total, "bytesPerSecond", int64(rate),
-			"left", time.Duration(float64(total-done)/rate*float64(time.Second)).Round(time.Second).String())
-	}
 	if err := restoreBackup(ctx, source, b, o); err != nil {
 		return err
 	}
