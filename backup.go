@@ -38,8 +38,6 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -87,10 +85,12 @@ const (
 // errWALMissing says that WAL which a backup needs is not in the archive.
 var errWALMissing = errors.New("WAL is missing in the archive")
 
-// errServer is a failure of PostgreSQL; errSetup says that it cannot be backed up as it is set up.
+// errServer is a failure to reach PostgreSQL, errRefused is its answer to a statement;
+// errSetup says that it cannot be backed up as it is set up.
 var (
-	errServer = errors.New("PostgreSQL")
-	errSetup  = errors.New("PostgreSQL cannot be backed up")
+	errServer  = errors.New("PostgreSQL")
+	errRefused = errors.New("PostgreSQL")
+	errSetup   = errors.New("PostgreSQL cannot be backed up")
 )
 
 // ---------------------------------------------------------------------------
@@ -267,7 +267,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 	b.info.Status = statusDone
 	b.info.CopyStats = fmt.Sprintf("{'total_time': %.6f, 'number_of_workers': %d, 'copy_time_per_item': {%s}}", // as Barman's
 		time.Since(b.began).Seconds(), b.jobs, strings.Join(b.took, ", "))
-	b.info.bytes, b.info.storedBytes, b.info.place = b.done.Load(), b.stored(), b.store.place()
+	b.info.bytes, b.info.storedBytes, b.info.place = b.read.done.Load(), b.stored(), b.store.place()
 	// No cancellation any more: the server may still carry out a request that was given up,
 	// and the DONE would come after the FAILED of undo.
 	commit, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
@@ -447,6 +447,10 @@ func openSession(ctx context.Context, connection string) (*session, error) {
 // the running statement is cancelled and the session closed.
 func (s *session) query(ctx context.Context, sql string) ([][]string, error) {
 	results, err := s.conn.Exec(ctx, sql).ReadAll()
+	var refused *pgconn.PgError
+	if errors.As(err, &refused) {
+		return nil, fmt.Errorf("%w: %w", errRefused, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errServer, err)
 	}
@@ -1590,14 +1594,9 @@ func (s *backupService) GetCapabilities(context.Context, *backup.BackupCapabilit
 // Backup takes a base backup into the cluster's archive store. The operator sets no
 // deadline; the call ends early when the connection does.
 func (s *backupService) Backup(ctx context.Context, r *backup.BackupRequest) (*backup.BackupResult, error) {
-	cluster, err := DecodeCluster(r.ClusterDefinition)
+	cluster, ref, err := archiveOf(r.ClusterDefinition)
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
-	}
-	ref := cluster.ArchiveStore()
-	if ref == nil {
-		return nil, status.Errorf(codes.FailedPrecondition, "back up: Cluster %s has no object store: "+
-			"add the plugin %s with the parameter barmanObjectName to spec.plugins", cluster.Name, PluginName)
+		return nil, grpcError(fmt.Errorf("back up: %w", err))
 	}
 	info, err := s.backup(ctx, *ref, r.Parameters)
 	tell, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
@@ -1605,7 +1604,7 @@ func (s *backupService) Backup(ctx context.Context, r *backup.BackupRequest) (*b
 	s.record(tell, *ref, info, err)
 	if err != nil {
 		slog.Error("Backup failed", "cluster", cluster.Name, "objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
-		return nil, backupStatus(err)
+		return nil, grpcError(err)
 	}
 	plugin := pluginMetadata()
 	return &backup.BackupResult{
@@ -1725,19 +1724,4 @@ func (c *Catalog) recoverability() (first, last *metav1.Time) {
 		}
 	}
 	return first, last
-}
-
-// backupStatus gives an error of a backup its gRPC code.
-func backupStatus(err error) error {
-	var refused *pgconn.PgError // an answer of the server
-	switch {
-	case errors.Is(err, context.Canceled): // whatever else it broke
-	case errors.Is(err, errParameters):
-		return status.Error(codes.InvalidArgument, err.Error())
-	case errors.Is(err, errBusy), errors.Is(err, errWALMissing), errors.Is(err, errSetup), errors.As(err, &refused):
-		return status.Error(codes.FailedPrecondition, err.Error())
-	case errors.Is(err, errServer):
-		return status.Error(codes.Unavailable, err.Error())
-	}
-	return grpcError(err)
 }

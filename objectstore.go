@@ -271,16 +271,35 @@ type RecoveryTarget struct {
 	Exclusive       *bool  `json:"exclusive,omitempty"`
 }
 
+// errBadRequest says that a CNPG-I request cannot be read, errNoStore that its Cluster names no store.
+var (
+	errBadRequest = errors.New("decode the Cluster of the request")
+	errNoStore    = errors.New("no object store")
+)
+
 // DecodeCluster reads the Cluster of a CNPG-I request.
 func DecodeCluster(definition []byte) (*Cluster, error) {
 	var c Cluster
 	if err := json.Unmarshal(definition, &c); err != nil {
-		return nil, fmt.Errorf("decode the Cluster of the request: %w", err)
+		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
 	if c.Name == "" {
-		return nil, fmt.Errorf("decode the Cluster of the request: it has no metadata.name")
+		return nil, fmt.Errorf("%w: it has no metadata.name", errBadRequest)
 	}
 	return &c, nil
+}
+
+// archiveOf reads the Cluster of a request that needs its archive store.
+func archiveOf(definition []byte) (*Cluster, *StoreRef, error) {
+	c, err := DecodeCluster(definition)
+	if err != nil {
+		return nil, nil, err
+	}
+	ref := c.ArchiveStore()
+	if ref == nil {
+		err = fmt.Errorf("%w: Cluster %s has no enabled plugin %s with the parameter barmanObjectName in spec.plugins", errNoStore, c.Name, PluginName)
+	}
+	return c, ref, err
 }
 
 // StoreRef names the ObjectStore (in the Cluster's namespace) and the server name

@@ -35,8 +35,6 @@ import (
 	"github.com/cloudnative-pg/cnpg-i/pkg/restore/job"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 )
 
 // What can be wrong with a restore before anything is written, for errors.Is.
@@ -1662,12 +1660,12 @@ func (r *restoreJobService) GetCapabilities(context.Context, *job.RestoreJobHook
 func (r *restoreJobService) Restore(ctx context.Context, request *job.RestoreRequest) (*job.RestoreResponse, error) {
 	cluster, err := DecodeCluster(request.ClusterDefinition)
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
+		return nil, grpcError(err)
 	}
 	err = r.restore(ctx, cluster, request.CheckEmptyWalArchive)
 	r.record(ctx, cluster, err)
 	if err != nil {
-		return nil, restoreError(fmt.Errorf("restore Cluster %s: %w", cluster.Name, err))
+		return nil, grpcError(fmt.Errorf("restore Cluster %s: %w", cluster.Name, err))
 	}
 	return &job.RestoreResponse{RestoreConfig: recoveryConfig}, nil
 }
@@ -1691,22 +1689,16 @@ func (r *restoreJobService) record(ctx context.Context, cluster *Cluster, err er
 func (r *restoreJobService) restore(ctx context.Context, cluster *Cluster, check *bool) error {
 	ref := cluster.RecoveryStore()
 	if ref == nil {
-		return fmt.Errorf("%w: set spec.bootstrap.recovery.source to the name of an entry of spec.externalClusters whose plugin is %s, "+
-			"with the parameter barmanObjectName", errNoRecoveryStore, PluginName)
+		return fmt.Errorf("it has %w for recovery: set spec.bootstrap.recovery.source to the name of an entry of spec.externalClusters whose plugin is %s, "+
+			"with the parameter barmanObjectName", errNoStore, PluginName)
 	}
 	source, err := r.source.Store(ctx, *ref)
 	if err != nil {
 		return err
 	}
-	if archive := cluster.ArchiveStore(); archive != nil {
-		wanted := cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled"
-		if check != nil { // operators before 1.30 leave the decision to us
-			wanted = *check
-		}
-		if wanted {
-			if err := r.checkDestination(ctx, source, *archive); err != nil {
-				return err
-			}
+	if archive := cluster.ArchiveStore(); archive != nil && checksEmptyArchive(cluster, check, true) {
+		if err := r.checkDestination(ctx, source, *archive); err != nil {
+			return err
 		}
 	}
 	var target *RecoveryTarget
@@ -1743,19 +1735,4 @@ func (r *restoreJobService) checkDestination(ctx context.Context, source *Store,
 			source.URL(source.key()), err)
 	}
 	return err
-}
-
-var errNoRecoveryStore = errors.New("it has no recovery object store")
-
-// restoreError gives an error of a restore its gRPC code.
-func restoreError(err error) error {
-	switch {
-	case errors.Is(err, errBadTarget):
-		return status.Error(codes.InvalidArgument, err.Error())
-	case errors.Is(err, errNoRecoveryStore), errors.Is(err, errNotEmpty), errors.Is(err, errNoRecoverable):
-		return status.Error(codes.FailedPrecondition, err.Error())
-	case errors.Is(err, errNoBackup):
-		return status.Error(codes.NotFound, err.Error())
-	}
-	return grpcError(err)
 }

@@ -1199,21 +1199,13 @@ func (w *walService) GetCapabilities(context.Context, *wal.WALCapabilitiesReques
 // the object is durable. It serves whoever asks: also a former primary that drains its
 // WAL and the designated primary of a replica cluster.
 func (w *walService) Archive(ctx context.Context, r *wal.WALArchiveRequest) (*wal.WALArchiveResult, error) {
-	cluster, err := DecodeCluster(r.ClusterDefinition)
+	cluster, ref, err := archiveOf(r.ClusterDefinition)
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
-	}
-	ref := cluster.ArchiveStore()
-	if ref == nil {
-		return nil, status.Errorf(codes.FailedPrecondition, "archive %s: Cluster %s has no enabled plugin %s with the parameter barmanObjectName",
-			filepath.Base(r.SourceFileName), cluster.Name, PluginName)
+		return nil, grpcError(fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err))
 	}
 	err = w.archive(ctx, cluster, *ref, r)
 	w.report.archived(cluster, *ref, filepath.Base(r.SourceFileName), err)
-	if err != nil {
-		return nil, grpcError(err)
-	}
-	return &wal.WALArchiveResult{}, nil
+	return &wal.WALArchiveResult{}, grpcError(err)
 }
 
 func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef, r *wal.WALArchiveRequest) error {
@@ -1221,10 +1213,7 @@ func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef
 	if err != nil {
 		return err
 	}
-	check := cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled" && fileExists(filepath.Join(w.pgdata, emptyArchiveMarker))
-	if r.CheckEmptyWalArchive != nil { // operators before 1.30 leave the decision to us
-		check = *r.CheckEmptyWalArchive
-	}
+	check := checksEmptyArchive(cluster, r.CheckEmptyWalArchive, fileExists(filepath.Join(w.pgdata, emptyArchiveMarker)))
 	if check {
 		if err := checkEmptyArchive(ctx, s, r.SourceFileName); err != nil {
 			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
@@ -1241,6 +1230,15 @@ func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef
 	return nil
 }
 
+// checksEmptyArchive says whether the archive must be empty: as the operator asks, which
+// leaves the decision to us before 1.30.
+func checksEmptyArchive(c *Cluster, asked *bool, otherwise bool) bool {
+	if asked != nil {
+		return *asked
+	}
+	return otherwise && c.Annotations[skipEmptyArchiveAnnotation] != "enabled"
+}
+
 func fileExists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
@@ -1248,17 +1246,21 @@ func fileExists(path string) bool {
 
 // Restore fetches one WAL file. The error code NotFound means that the archive does not have it.
 func (w *walService) Restore(ctx context.Context, r *wal.WALRestoreRequest) (*wal.WALRestoreResult, error) {
+	return &wal.WALRestoreResult{}, grpcError(w.restore(ctx, r))
+}
+
+func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) error {
 	cluster, err := DecodeCluster(r.ClusterDefinition)
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
+		return err
 	}
 	ref := restoreStore(cluster, w.instance)
 	if ref == nil {
-		return nil, status.Errorf(codes.NotFound, "wal %q not found: Cluster %s names no object store to read it from", r.SourceWalName, cluster.Name)
+		return fmt.Errorf("%w: wal %q not found: Cluster %s names no object store to read it from", errNotFound, r.SourceWalName, cluster.Name)
 	}
 	name, err := parseWALName(r.SourceWalName)
 	if err != nil {
-		return nil, grpcError(fmt.Errorf("restore %s: %w", r.SourceWalName, err))
+		return fmt.Errorf("restore %s: %w", r.SourceWalName, err)
 	}
 	canStream, patience, rewind := streamingAvailable(cluster, w.instance), restorePatience, r.Mode == wal.WALRestoreRequest_MODE_REWIND
 	switch {
@@ -1269,7 +1271,7 @@ func (w *walService) Restore(ctx context.Context, r *wal.WALRestoreRequest) (*wa
 		patience = streamingPatience
 	}
 	systemID := systemIdentifier(w.pgdata)
-	err = patiently(ctx, name.Name, patience, func() error {
+	return patiently(ctx, name.Name, patience, func() error {
 		s, err := w.source.Store(ctx, *ref)
 		if err != nil {
 			return err
@@ -1302,10 +1304,6 @@ func (w *walService) Restore(ctx context.Context, r *wal.WALRestoreRequest) (*wa
 		}
 		return err
 	})
-	if err != nil {
-		return nil, grpcError(err)
-	}
-	return &wal.WALRestoreResult{}, nil
 }
 
 // restoreStore chooses the store that an instance reads WAL from: the store that a
@@ -1343,30 +1341,32 @@ func streamingAvailable(c *Cluster, instance string) bool {
 	})
 }
 
-// grpcError gives an error of the data plane its gRPC code. The operator shows only the
-// text; the codes are for people and for operators to come.
+// grpcCodes are the codes of the errors of the data plane; the first that fits counts.
+var grpcCodes = []struct {
+	code codes.Code
+	errs []error
+}{
+	{codes.Canceled, []error{context.Canceled}}, // whatever else it broke
+	{codes.InvalidArgument, []error{errBadRequest, errWALName, errBadTarget, errParameters}},
+	{codes.OutOfRange, []error{errEndOfWAL}},
+	{codes.FailedPrecondition, []error{errForbidden, errNoObject, errNoStore, errNoBucket, errArchiveNotEmpty, errDifferent,
+		errBusy, errWALMissing, errSetup, errRefused, errNotEmpty, errNoRecoverable}},
+	{codes.DataLoss, []error{errDamaged}},
+	{codes.PermissionDenied, []error{errDenied}},
+	{codes.NotFound, []error{errNotFound, errNoBackup}},
+	{codes.Unavailable, []error{errTransient, errServer, context.DeadlineExceeded}},
+}
+
+// grpcError gives an error its gRPC code; nil stays nil. The operator shows only the text;
+// the codes are for people and for operators to come.
 func grpcError(err error) error {
-	code := codes.Internal
-	switch {
-	case err == nil:
+	if err == nil {
 		return nil
-	case errors.Is(err, context.Canceled):
-		code = codes.Canceled
-	case errors.Is(err, errWALName):
-		code = codes.InvalidArgument
-	case errors.Is(err, errEndOfWAL):
-		code = codes.OutOfRange
-	case errors.Is(err, errForbidden), errors.Is(err, errNoObject), errors.Is(err, errNoBucket),
-		errors.Is(err, errArchiveNotEmpty), errors.Is(err, errDifferent):
-		code = codes.FailedPrecondition
-	case errors.Is(err, errDamaged):
-		code = codes.DataLoss
-	case errors.Is(err, errDenied):
-		code = codes.PermissionDenied
-	case errors.Is(err, errNotFound):
-		code = codes.NotFound
-	case errors.Is(err, errTransient), errors.Is(err, context.DeadlineExceeded):
-		code = codes.Unavailable
 	}
-	return status.Error(code, err.Error())
+	for _, c := range grpcCodes {
+		if slices.ContainsFunc(c.errs, func(kind error) bool { return errors.Is(err, kind) }) {
+			return status.Error(c.code, err.Error())
+		}
+	}
+	return status.Error(codes.Internal, err.Error())
 }
