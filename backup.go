@@ -24,6 +24,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -1435,6 +1436,7 @@ type spool struct {
 
 func newSpool() (s *spool, err error) {
 	s = &spool{}
+	runtime.SetFinalizer(s, func(s *spool) { s.b.free() }) // if something fails, nobody else does
 	c, err := codecByName("zstd")
 	if err == nil {
 		s.z, err = c.compress(&s.b, "low")

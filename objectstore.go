@@ -54,6 +54,8 @@ import (
 	"github.com/pierrec/lz4/v4"
 	"github.com/ulikunitz/xz"
 	_ "golang.org/x/crypto/x509roots/fallback" // the image has no CA bundle
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
@@ -1202,28 +1204,47 @@ func sleep(ctx context.Context, d time.Duration) error {
 // it has, not for the size it might reach.
 const chunkSize = 256 << 10
 
-var chunkPool = sync.Pool{New: func() any { return new([chunkSize]byte) }}
-
-// partBuffer collects the bytes of one part or of one small object.
+// partBuffer collects the bytes of one part or of one small object. Its memory is mapped
+// by itself: the garbage collector, which lets a heap grow by half before it looks at it,
+// neither counts nor keeps it.
 type partBuffer struct {
-	chunks []*[chunkSize]byte
+	mu     sync.RWMutex // a request that was given up may still read while the buffer is freed
+	chunks [][]byte
 	size   int
+	budget *semaphore.Weighted // bytes that several buffers share; nil: there is no limit
 }
 
-func (b *partBuffer) Write(p []byte) (int, error) {
+// write waits until the budget has room.
+func (b *partBuffer) write(ctx context.Context, p []byte) error {
 	for done := 0; done < len(p); {
 		if b.size == len(b.chunks)*chunkSize {
-			b.chunks = append(b.chunks, chunkPool.Get().(*[chunkSize]byte))
+			if b.budget != nil {
+				if err := b.budget.Acquire(ctx, chunkSize); err != nil {
+					return context.Cause(ctx)
+				}
+			}
+			chunk, err := unix.Mmap(-1, 0, chunkSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+			if err != nil {
+				if b.budget != nil {
+					b.budget.Release(chunkSize)
+				}
+				return fmt.Errorf("memory for a buffer: %w", err)
+			}
+			b.chunks = append(b.chunks, chunk)
 		}
 		n := copy(b.chunks[b.size/chunkSize][b.size%chunkSize:], p[done:])
 		b.size += n
 		done += n
 	}
-	return len(p), nil
+	return nil
 }
+
+func (b *partBuffer) Write(p []byte) (int, error) { return len(p), b.write(context.Background(), p) }
 
 // ReadAt lets a body be sent again from any point, as a retry needs it.
 func (b *partBuffer) ReadAt(p []byte, off int64) (int, error) {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
 	n := 0
 	for n < len(p) && int(off) < b.size {
 		chunk := b.chunks[off/chunkSize][:min(chunkSize, b.size-int(off)/chunkSize*chunkSize)]
@@ -1238,8 +1259,13 @@ func (b *partBuffer) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (b *partBuffer) free() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	for _, c := range b.chunks {
-		chunkPool.Put(c)
+		unix.Munmap(c) // which cannot fail
+		if b.budget != nil {
+			b.budget.Release(chunkSize)
+		}
 	}
 	b.chunks, b.size = nil, 0
 }
@@ -1253,6 +1279,7 @@ type putOptions struct {
 	PartSize int  // bytes; an object of at most this size is sent in one request
 	Workers  int  // parts in flight at once; at most Workers+1 parts are in memory
 	Limiter  *rate.Limiter
+	Memory   *semaphore.Weighted // bytes that all writers with this budget share; nil: no limit but the parts
 }
 
 // minPartSize is the smallest part that S3 accepts, except for the last one.
@@ -1278,7 +1305,7 @@ func (s *Store) NewWriter(ctx context.Context, key string, o putOptions) *object
 	o.PartSize = max(o.PartSize, minPartSize)
 	o.Workers = max(o.Workers, 1)
 	ctx, cancel := context.WithCancelCause(ctx)
-	return &objectWriter{ctx: ctx, cancel: cancel, store: s, key: key, o: o, slots: make(chan struct{}, o.Workers), part: new(partBuffer)}
+	return &objectWriter{ctx: ctx, cancel: cancel, store: s, key: key, o: o, slots: make(chan struct{}, o.Workers), part: &partBuffer{budget: o.Memory}}
 }
 
 // objectWriter sends an object part by part while it is being written, or in one
@@ -1312,7 +1339,9 @@ func (w *objectWriter) Write(p []byte) (int, error) {
 			}
 		}
 		n := min(len(p)-done, w.o.PartSize-w.part.size)
-		w.part.Write(p[done : done+n])
+		if err := w.part.write(w.ctx, p[done:done+n]); err != nil {
+			return done, err
+		}
 		done += n
 		w.size += int64(n)
 	}
@@ -1348,7 +1377,7 @@ func (w *objectWriter) flush() error {
 		return context.Cause(w.ctx)
 	}
 	part := w.part
-	w.part = new(partBuffer)
+	w.part = &partBuffer{budget: w.o.Memory}
 	w.workers.Add(1)
 	go func() {
 		defer w.workers.Done()
@@ -1562,6 +1591,7 @@ type codec struct {
 	// numbers, since other implementations stand behind them, but much the same sizes. On
 	// the WAL of pgbench, medium is within 7 % of the size that Barman's default reaches.
 	low, medium, high int
+	alone             bool // no two writers at once: one has tables of tens of MiB, or two cores
 }
 
 // What bounds the memory of the codecs: window and dictionary of what we write, and of
@@ -1569,7 +1599,7 @@ type codec struct {
 const (
 	zstdWindow    = 1 << 20
 	zstdMaxWindow = 128 << 20
-	xzDictionary  = 4 << 20
+	xzDictionary  = 1 << 20
 )
 
 // codecs are all formats, "none" first. WAL may have any of them, base backups those
@@ -1578,7 +1608,7 @@ var codecs = []*codec{
 	{name: "", suffix: "",
 		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) { return nopWriteCloser{w}, nil },
 		newReader: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(r), nil }},
-	{name: "gzip", suffix: ".gz", low: 1, medium: 5, high: 9,
+	{name: "gzip", suffix: ".gz", low: 1, medium: 5, high: 9, alone: true,
 		// One member, whose blocks are compressed in parallel: Barman cannot read several (FORMAT section 4).
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			z, err := pgzip.NewWriterLevel(w, level)
@@ -1588,7 +1618,7 @@ var codecs = []*codec{
 			return gzipWriter{z}, err
 		},
 		newReader: func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) }},
-	{name: "bzip2", suffix: ".bz2", low: 1, medium: 5, high: 9,
+	{name: "bzip2", suffix: ".bz2", low: 1, medium: 5, high: 9, alone: true,
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			return bzip2w.NewWriter(w, &bzip2w.WriterConfig{Level: level})
 		},
@@ -1613,7 +1643,7 @@ var codecs = []*codec{
 		newReader: func(r io.Reader) (io.ReadCloser, error) {
 			return io.NopCloser(s2.NewReader(r, s2.ReaderMaxBlockSize(64<<10))), nil
 		}},
-	{name: "xz", suffix: ".xz", low: 1, medium: 1, high: 1, // the library has one level
+	{name: "xz", suffix: ".xz", low: 1, medium: 1, high: 1, alone: true, // the library has one level
 		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) {
 			return xz.WriterConfig{DictCap: xzDictionary}.NewWriter(w)
 		},

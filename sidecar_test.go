@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -53,9 +54,14 @@ type sidecar struct {
 // startSidecar runs the program as PostgreSQL's user, so that it can read its files.
 func startSidecar(t testing.TB, socket, storeFile, pgdata string, env ...string) *sidecar {
 	t.Helper()
-	s := &sidecar{t: t, socket: socket, log: &bytes.Buffer{}, ended: make(chan struct{})}
-	s.cmd = asPostgres(t, program(t), "sidecar", "--socket", socket, "--objectstore", storeFile, "--pgdata", pgdata)
-	s.cmd.Env = append(os.Environ(), append(env, "POD_NAME=main-1")...)
+	cmd := asPostgres(t, program(t), "sidecar", "--socket", socket, "--objectstore", storeFile, "--pgdata", pgdata)
+	cmd.Env = append(os.Environ(), append(env, "POD_NAME=main-1")...)
+	return startSidecarCommand(t, socket, cmd)
+}
+
+func startSidecarCommand(t testing.TB, socket string, cmd *exec.Cmd) *sidecar {
+	t.Helper()
+	s := &sidecar{t: t, socket: socket, cmd: cmd, log: &bytes.Buffer{}, ended: make(chan struct{})}
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -431,6 +437,151 @@ func TestSoak(t *testing.T) {
 		restored.Stop("immediate")
 		proxy.clear()
 	}
+}
+
+// ---------------------------------------------------------------------------
+// Memory
+// ---------------------------------------------------------------------------
+
+// memoryLimit is what README promises for the whole process.
+const memoryLimit = 64 << 20
+
+// limited makes a command run in a memory cgroup of its own, as a container with that limit
+// does: when it needs more, the kernel kills it. Where no such cgroup can be made the test is skipped.
+func limited(t testing.TB, cmd *exec.Cmd) *exec.Cmd {
+	t.Helper()
+	dir, limit := fmt.Sprintf("/sys/fs/cgroup/memory/cnpg-barman-s3-%d-%d", os.Getpid(), buckets.Add(1)), "memory.limit_in_bytes"
+	if fileExists("/sys/fs/cgroup/cgroup.controllers") { // version 2
+		dir, limit = strings.Replace(dir, "/memory/", "/", 1), "memory.max"
+		os.WriteFile("/sys/fs/cgroup/cgroup.subtree_control", []byte("+memory"), 0o644)
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Skipf("NOTHING SAYS HERE THAT THE MEMORY IS BOUNDED: no memory cgroup can be made, which takes root: %v", err)
+	}
+	t.Cleanup(func() { waitFor(t, "the cgroup to be empty", func() bool { return os.Remove(dir) == nil }) })
+	procs := filepath.Join(dir, "cgroup.procs")
+	if err := os.WriteFile(filepath.Join(dir, limit), []byte(strconv.Itoa(memoryLimit)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	os.WriteFile(filepath.Join(dir, "memory.swap.max"), []byte("0"), 0o644)
+	giveToPostgres(t, dir)
+	cmd.Args = append([]string{"sh", "-c", `echo $$ >"$0" && exec "$@"`, procs, cmd.Path}, cmd.Args[1:]...)
+	cmd.Path = "/bin/sh"
+	return cmd
+}
+
+// peakMemory is the largest resident set that a running process has had, in KiB.
+func peakMemory(pid int) (kib int) {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if _, after, found := strings.Cut(string(text), "VmHWM:"); found {
+		fmt.Sscan(after, &kib)
+	}
+	return kib
+}
+
+// runLimited runs a command to its end in a memory cgroup and returns its peak memory in KiB.
+func runLimited(t testing.TB, cmd *exec.Cmd) (kib int) {
+	t.Helper()
+	var out bytes.Buffer
+	limited(t, cmd)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	stop := every(20*time.Millisecond, func() { kib = max(kib, peakMemory(cmd.Process.Pid)) })
+	err := cmd.Wait()
+	stop()
+	if err != nil {
+		t.Errorf("%q: %v\n%s", cmd.Args, err, out.String())
+	}
+	return kib
+}
+
+// The sidecar archives within 64 MiB: a thousand segments, of which the last need no more
+// than the first, and large ones in every codec with everything that maxParallel allows.
+func TestMemoryArchive(t *testing.T) {
+	server := testS3(t)
+	archiver := func(t *testing.T, configuration string, content int64) (archive func(size int64, count uint64), peak func() int) {
+		file := storeFile(t, server, newBucket(t), configuration)
+		socket, pgWAL := filepath.Join(testDir(t), "s"), filepath.Join(testDir(t), "pg_wal")
+		cmd := limited(t, asPostgres(t, program(t), "sidecar", "--socket", socket, "--objectstore", file, "--pgdata", filepath.Dir(pgWAL)))
+		cmd.Env = append(os.Environ(), "POD_NAME=main-1")
+		s := startSidecarCommand(t, socket, cmd)
+		client := wal.NewWALClient(s.dial())
+		if err := os.MkdirAll(filepath.Join(pgWAL, "archive_status"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		next := uint64(1)
+		return func(size int64, count uint64) {
+			t.Helper()
+			for n := next; n < next+count; n++ {
+				path := filepath.Join(pgWAL, segmentName(1, n, size))
+				if err := os.Link(memorySegment(t, size, content, n), path); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(filepath.Join(pgWAL, "archive_status", filepath.Base(path)+".ready"), nil, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for last := next + count; next < last; next++ {
+				name := segmentName(1, next, size)
+				_, err := client.Archive(t.Context(), &wal.WALArchiveRequest{ClusterDefinition: []byte(mainCluster), SourceFileName: filepath.Join(pgWAL, name)})
+				if err == nil {
+					err = archived(pgWAL, name)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+		}, func() int { return peakMemory(s.cmd.Process.Pid) }
+	}
+	t.Run("1000", func(t *testing.T) {
+		archive, peak := archiver(t, "wal: {compression: lz4, maxParallel: 8}", mib)
+		archive(mib, 250)
+		first := peak()
+		archive(mib, 750)
+		t.Logf("1,000 segments of 1 MiB: %d KiB after 250, %d KiB after all", first, peak())
+		if peak() > first+8<<10 {
+			t.Error("memory grows with the number of segments")
+		}
+	})
+	for _, codec := range codecs {
+		t.Run(cmp.Or(codec.name, "none"), func(t *testing.T) {
+			count, content := uint64(10), int64(16*mib)
+			if slow := codec.name == "xz" || codec.name == "bzip2"; slow {
+				count, content = 3, 2*mib
+			}
+			archive, peak := archiver(t, fmt.Sprintf("wal: {compression: %q, maxParallel: 8}", codec.name), content)
+			archive(16*mib, count)
+			t.Logf("%d segments of 16 MiB, maxParallel 8: %d KiB", count, peak())
+			if peak() > 72<<10 { // the pages of the program file, which take no memory of the cgroup, are about 25 MiB of it
+				t.Error("that is more than README says")
+			}
+		})
+	}
+	t.Run("256 MiB", func(t *testing.T) {
+		archive, peak := archiver(t, "wal: {compression: lz4}", 256*mib)
+		archive(256*mib, 1)
+		t.Logf("a segment of 256 MiB: %d KiB", peak())
+		if peak() > memoryLimit>>10 {
+			t.Error("that is more than README says")
+		}
+	})
+}
+
+// memorySegment is the file of a segment with so many bytes of content, of which there are a few.
+func memorySegment(t testing.TB, size, content int64, n uint64) string {
+	t.Helper()
+	name := segmentName(1, n%4, size)
+	path := filepath.Join(testRoot, fmt.Sprintf("%d-%d-%s", size, content, name))
+	if !fileExists(path) {
+		b := segment(name, size, 7, n%4)
+		clear(b[content:])
+		if err := os.WriteFile(path, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return path
 }
 
 // SIGTERM: a WAL file in flight gets done, a backup is cancelled and says FAILED.

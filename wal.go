@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -264,8 +265,18 @@ const (
 	// room for what an incompressible segment grows by. Larger segments go in parts.
 	walSinglePut  = 16 << 20
 	walSinglePart = walSinglePut + 1<<20
-	walPartSize   = 8 << 20
+	walPartSize   = minPartSize
 	walWorkers    = 2
+	// However many files are in flight, walCompressing of them are being compressed, and all
+	// together have walMemory bytes. That is enough for those at their worst, so that they
+	// come to their ends, and to the end of a transfer the others come by themselves.
+	walCompressing = 2
+	walMemory      = walCompressing * walSinglePart
+)
+
+var (
+	walCompressors = semaphore.NewWeighted(walCompressing)
+	walBuffers     = semaphore.NewWeighted(walMemory)
 )
 
 // archiveWAL stores the WAL file at path. When it returns nil the object is durable, and
@@ -276,7 +287,13 @@ const (
 //
 // Where the server has no conditional PUT, two writers that archive the same name in
 // the same moment are not told apart; every server of today has it.
-func archiveWAL(ctx context.Context, s *Store, file string) (err error) {
+func archiveWAL(ctx context.Context, s *Store, file string) error {
+	return archiveWALInTurn(ctx, s, file, func() {})
+}
+
+// archiveWALInTurn is archiveWAL that says when it has begun to compress the file: others
+// that ask after that are behind it.
+func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) (err error) {
 	start := time.Now()
 	name, err := parseWALName(filepath.Base(file))
 	if err != nil {
@@ -301,6 +318,16 @@ func archiveWAL(ctx context.Context, s *Store, file string) (err error) {
 		return err
 	}
 
+	weight := int64(1)
+	if codec.alone {
+		weight = walCompressing
+	}
+	if err := walCompressors.Acquire(ctx, weight); err != nil {
+		return err
+	}
+	compressed := sync.OnceFunc(func() { walCompressors.Release(weight) })
+	defer compressed()
+	begun()
 	// What is there already is asked for while the file is being compressed.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -317,7 +344,7 @@ func archiveWAL(ctx context.Context, s *Store, file string) (err error) {
 		listed <- l
 	}()
 
-	o := putOptions{IfAbsent: name.Kind != walPartial, History: name.Kind == walHistory, PartSize: walSinglePart}
+	o := putOptions{IfAbsent: name.Kind != walPartial, History: name.Kind == walHistory, PartSize: walSinglePart, Memory: walBuffers}
 	var sum string
 	if size > walSinglePut { // parts are sent before the end of the file is seen, and S3 wants metadata first
 		if sum, err = sumFile(f); err != nil {
@@ -329,6 +356,7 @@ func archiveWAL(ctx context.Context, s *Store, file string) (err error) {
 	w := s.NewWriter(ctx, key, o)
 	defer w.Abort()
 	read, err := compressFile(w, f, codec, s.walArchive.CompressionLevel)
+	compressed()
 	if err != nil {
 		return err
 	}
@@ -515,10 +543,13 @@ func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead boo
 	u := a.uploads[key]
 	delete(a.uploads, key)
 	a.mu.Unlock()
-	if ahead {
-		a.lookAhead(s, path)
+	next := func() {
+		if ahead {
+			a.lookAhead(s, path)
+		}
 	}
 	if u != nil {
+		next()
 		select {
 		case <-u.done:
 		case <-ctx.Done():
@@ -529,7 +560,7 @@ func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead boo
 			return nil
 		}
 	}
-	if err := archiveWAL(ctx, s, path); err != nil {
+	if err := archiveWALInTurn(ctx, s, path, next); err != nil {
 		return err
 	}
 	a.remember(s, path)
