@@ -46,6 +46,8 @@ By hand, with an ObjectStore and its Secrets in a YAML file:
   list          list the base backups                 list FLAGS
   verify        read backups and their WAL without      verify FLAGS [BACKUP]
                 restoring them, and check everything
+  retention     delete what the retention policy no  retention FLAGS
+                longer keeps; --dry-run says what
   restore       restore a base backup into an empty   restore FLAGS DIRECTORY
                 directory, ready for recovery
 
@@ -64,6 +66,7 @@ var subcommands = map[string]func(ctx context.Context, args []string) error{
 	"backup":      runBackup,
 	"list":        runList,
 	"verify":      runVerify,
+	"retention":   runRetention,
 	"restore":     runRestore,
 	"version":     func(context.Context, []string) error { fmt.Println(version); return nil },
 }
@@ -452,6 +455,55 @@ func printVerification(v *verification) {
 	w.Flush()
 	fmt.Printf("WAL from %s to %s: %d segments, %s: %s\n", cmp.Or(v.WAL.From, "-"), cmp.Or(v.WAL.To, "-"), v.WAL.Segments, byteCount(v.WAL.Bytes), verdict(v.WAL.Problems))
 	for _, p := range append(problems, v.WAL.Problems...) {
+		fmt.Println(p)
+	}
+}
+
+func runRetention(ctx context.Context, args []string) error {
+	fs := newStoreCommand("retention")
+	o := retentionOptions{Now: time.Now()}
+	fs.StringVar(&o.Policy, "policy", "", "keep a recovery window of this `length`, such as 30d, 4w or 3m (default retentionPolicy of the ObjectStore)")
+	fs.BoolVar(&o.DryRun, "dry-run", false, "only say what would go, and why")
+	asJSON := fs.Bool("json", false, "print as JSON")
+	s, err := fs.open(ctx, args)
+	if err != nil {
+		return err
+	}
+	if o.Policy = cmp.Or(o.Policy, s.Config.RetentionPolicy); o.Policy == "" {
+		return usageError{fmt.Errorf("retention: ObjectStore %s has no retentionPolicy: set it there, or --policy", s.Config.Name)}
+	}
+	r, err := s.enforceRetention(ctx, o)
+	if err != nil {
+		return err
+	}
+	if *asJSON {
+		err = printJSON(r)
+	} else {
+		printRetention(r)
+	}
+	if err == nil && len(r.Problems) > 0 {
+		err = exitStatus(exitFailed)
+	}
+	return err
+}
+
+func printRetention(r *retentionReport) {
+	verb := map[bool]string{true: "would go", false: "gone"}[r.DryRun]
+	fmt.Printf("The recovery window of %s begins at %s.\n", r.Policy, timestamp(*r.Since))
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "BACKUP\tSTATUS\tVERDICT\tWHY")
+	for _, v := range r.Backups {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", v.ID, v.Status, map[bool]string{true: verb, false: "stays"}[v.Delete], v.Why)
+	}
+	w.Flush()
+	for _, g := range r.WAL {
+		fmt.Printf("WAL of timeline %d, %s to %s: %d objects, %s, %s: no backup needs it\n", g.Timeline, g.First, g.Last, g.Objects, byteCount(g.Bytes), verb)
+	}
+	for _, d := range r.Debris {
+		fmt.Printf("%s %s: abandoned by a backup that was killed\n", d, verb)
+	}
+	fmt.Printf("%d objects in all, %s, %s; %d refused by the server\n", r.Objects, byteCount(r.Bytes), verb, r.Refused)
+	for _, p := range r.Problems {
 		fmt.Println(p)
 	}
 }

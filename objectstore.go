@@ -38,6 +38,7 @@ import (
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
+	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
 	"github.com/aws/aws-sdk-go-v2/aws/ratelimit"
 	"github.com/aws/aws-sdk-go-v2/aws/retry"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
@@ -46,6 +47,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	s3types "github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/aws/smithy-go"
+	"github.com/aws/smithy-go/middleware"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
 	bzip2w "github.com/dsnet/compress/bzip2"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/s2"
@@ -386,9 +389,10 @@ func (c *Cluster) storeRef(p *PluginConfiguration) *StoreRef {
 // StoreConfig is an ObjectStore with its secrets resolved, for one server name. Two
 // equal StoreConfigs address the same objects with the same rights.
 type StoreConfig struct {
-	Name          string // namespace/name of the ObjectStore, for messages
-	ServerName    string
-	Configuration Configuration
+	Name            string // namespace/name of the ObjectStore, for messages
+	ServerName      string
+	Configuration   Configuration
+	RetentionPolicy string // as it was written: enforceRetention checks it
 
 	AccessKeyID     string // empty with inheritFromIAMRole
 	SecretAccessKey string
@@ -402,7 +406,7 @@ type StoreConfig struct {
 // too when ca is nil.
 func ResolveStore(o *ObjectStore, serverName string, secret func(SecretKeySelector) ([]byte, error)) (StoreConfig, error) {
 	name := path.Join(o.Namespace, o.Name)
-	c := StoreConfig{Name: name, ServerName: serverName, Configuration: o.Spec.Configuration}
+	c := StoreConfig{Name: name, ServerName: serverName, Configuration: o.Spec.Configuration, RetentionPolicy: o.Spec.RetentionPolicy}
 	fail := func(format string, a ...any) (StoreConfig, error) {
 		return StoreConfig{}, fmt.Errorf("ObjectStore %s: "+format, append([]any{name}, a...)...)
 	}
@@ -607,6 +611,8 @@ type Store struct {
 	dataRestore    commandArgs
 	// noConditionalPut is set when the server answered that it has no If-None-Match.
 	noConditionalPut atomic.Bool
+	// noBatchDelete is set when the server refused DeleteObjects as such.
+	noBatchDelete atomic.Bool
 }
 
 // OpenStore makes the S3 client for a configuration. It sends nothing.
@@ -910,6 +916,27 @@ func (s *Store) place() string {
 	return cmp.Or(s.Config.Configuration.EndpointURL, "AWS") + " " + s.URL(s.key())
 }
 
+// layoutKey takes a key of this server apart: the backup id, or the segment whose name a
+// WAL file begins with. Both are "" for history files and for whatever is not of the layout,
+// which nothing here ever deletes.
+func (s *Store) layoutKey(key string) (id, segment string) {
+	rest, ok := strings.CutPrefix(key, s.key(""))
+	area, rest, _ := strings.Cut(rest, "/")
+	directory, file, _ := strings.Cut(rest, "/")
+	switch {
+	case !ok:
+	case area == "base" && backupIDForm.MatchString(directory) &&
+		(file == backupInfoFile || file == keepFile || file == "backup_label" || dataArchiveForm.MatchString(file)):
+		return directory, ""
+	case area == "wals":
+		base, _ := splitSuffix(file)
+		if w, err := parseWALName(base); err == nil && w.Kind != walHistory && base[:16] == directory {
+			return "", base[:24]
+		}
+	}
+	return "", ""
+}
+
 // URL is how messages name an object.
 func (s *Store) URL(key string) string { return "s3://" + s.bucket + "/" + key }
 
@@ -978,6 +1005,16 @@ func (s *Store) listLevel(ctx context.Context, prefix string) (directories []str
 		}
 		input.ContinuationToken = page.NextContinuationToken
 	}
+}
+
+// ServerTime is the clock of the store, as its answers carry it; zero when they do not.
+func (s *Store) ServerTime(ctx context.Context) (time.Time, error) {
+	page, err := s.listPage(ctx, &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: aws.String(s.key("")), MaxKeys: aws.Int32(1)})
+	if err != nil {
+		return time.Time{}, err
+	}
+	t, _ := awsmiddleware.GetServerTime(page.ResultMetadata)
+	return t, nil
 }
 
 // maxServerNames is how many directories ServerNames looks into.
@@ -1508,8 +1545,7 @@ func (w *objectWriter) Abort() {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), cleanupTimeout)
 	defer cancel()
-	_, err := w.store.client.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, UploadId: w.uploadID})
-	if err = w.store.wrap("abort multipart upload of", w.key, err); err != nil && !errors.Is(err, errNotFound) {
+	if err := w.store.AbortUpload(ctx, upload{key: w.key, id: *w.uploadID}); err != nil {
 		slog.Warn("An unfinished upload stays in the bucket, where its parts take space until it is aborted",
 			"object", w.store.URL(w.key), "uploadID", *w.uploadID, "error", err)
 	}
@@ -1522,6 +1558,127 @@ func (s *Store) Delete(ctx context.Context, key string) error {
 	defer cancel()
 	_, err := s.client.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &s.bucket, Key: &key})
 	if err = s.wrap("delete", key, err); errors.Is(err, errNotFound) {
+		return nil
+	}
+	return err
+}
+
+// deleteBatch is the largest number of objects that DeleteObjects takes (S3 API).
+const deleteBatch = 1000
+
+// DeleteAll removes objects, up to deleteBatch in one request. What the server refuses to
+// delete for reasons of the object (rights, an object lock) is returned by key; an error
+// means that some may still be there. That there is no such object counts as deleted.
+func (s *Store) DeleteAll(ctx context.Context, keys []string) (refused map[string]error, err error) {
+	refused = map[string]error{}
+	for batch := range slices.Chunk(keys, deleteBatch) {
+		if !s.noBatchDelete.Load() {
+			if err := s.deleteBatch(ctx, batch, refused); !s.noBatchDelete.Load() {
+				if err != nil {
+					return refused, err
+				}
+				continue
+			}
+		}
+		for _, key := range batch {
+			switch err := s.Delete(ctx, key); {
+			case errors.Is(err, errDenied):
+				refused[key] = err
+			case err != nil:
+				return refused, err
+			}
+		}
+	}
+	return refused, nil
+}
+
+func (s *Store) deleteBatch(ctx context.Context, keys []string, refused map[string]error) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	input := &s3.DeleteObjectsInput{Bucket: &s.bucket, Delete: &s3types.Delete{Quiet: aws.Bool(true)}}
+	for _, key := range keys {
+		input.Delete.Objects = append(input.Delete.Objects, s3types.ObjectIdentifier{Key: aws.String(key)})
+	}
+	out, err := s.client.DeleteObjects(ctx, input, withContentMD5)
+	if err != nil {
+		var api smithy.APIError
+		if err = s.wrap("delete objects", keys[0], err); errors.Is(err, errUnsupported) || errors.As(err, &api) &&
+			slices.Contains([]string{"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "MalformedXML", "InvalidRequest"}, api.ErrorCode()) {
+			s.noBatchDelete.Store(true)
+		}
+		return err
+	}
+	for _, e := range out.Errors {
+		if code := aws.ToString(e.Code); code != "NoSuchKey" {
+			key := aws.ToString(e.Key)
+			refused[key] = fmt.Errorf("delete %s: %s: %s", s.URL(key), code, aws.ToString(e.Message))
+		}
+	}
+	return nil
+}
+
+// withContentMD5 sends Content-MD5, which every server takes for DeleteObjects, in place of
+// the CRC that the SDK sends and older servers do not know (as the SDK's documentation
+// advises under "Data Integrity Protection").
+func withContentMD5(o *s3.Options) {
+	o.APIOptions = append(o.APIOptions, func(stack *middleware.Stack) error {
+		stack.Initialize.Remove("AWSChecksum:SetupInputContext")
+		stack.Build.Remove("AWSChecksum:RequestMetricsTracking")
+		stack.Finalize.Remove("AWSChecksum:ComputeInputPayloadChecksum")
+		stack.Finalize.Remove("addInputChecksumTrailer")
+		return smithyhttp.AddContentChecksumMiddleware(stack)
+	})
+}
+
+// upload is a multipart upload that was neither completed nor aborted.
+type upload struct {
+	key, id string
+	active  time.Time // when it began, or its last part was stored
+}
+
+// Uploads lists the unfinished multipart uploads under a prefix.
+func (s *Store) Uploads(ctx context.Context, prefix string) ([]upload, error) {
+	var uploads []upload
+	input := &s3.ListMultipartUploadsInput{Bucket: &s.bucket, Prefix: &prefix}
+	pages := s3.NewListMultipartUploadsPaginator(s.client, input)
+	for pages.HasMorePages() {
+		page, err := pages.NextPage(ctx)
+		if err != nil {
+			return nil, s.wrap("list multipart uploads of", prefix, err)
+		}
+		for _, u := range page.Uploads {
+			// A server may take the prefix for a key (MinIO), or ignore it.
+			if strings.HasPrefix(aws.ToString(u.Key), prefix) {
+				uploads = append(uploads, upload{*u.Key, aws.ToString(u.UploadId), aws.ToTime(u.Initiated)})
+			}
+		}
+	}
+	for i := range uploads {
+		u := &uploads[i]
+		parts := s3.NewListPartsPaginator(s.client, &s3.ListPartsInput{Bucket: &s.bucket, Key: &u.key, UploadId: &u.id})
+		for parts.HasMorePages() {
+			page, err := parts.NextPage(ctx)
+			if err = s.wrap("list the parts of", u.key, err); errors.Is(err, errNotFound) {
+				break // ended since
+			} else if err != nil {
+				return nil, err
+			}
+			for _, p := range page.Parts {
+				if t := aws.ToTime(p.LastModified); t.After(u.active) {
+					u.active = t
+				}
+			}
+		}
+	}
+	return uploads, nil
+}
+
+// AbortUpload removes an unfinished upload and its parts. That there is none is no error.
+func (s *Store) AbortUpload(ctx context.Context, u upload) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	_, err := s.client.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{Bucket: &s.bucket, Key: &u.key, UploadId: &u.id})
+	if err = s.wrap("abort multipart upload of", u.key, err); errors.Is(err, errNotFound) {
 		return nil
 	}
 	return err
@@ -1768,6 +1925,9 @@ const (
 
 const backupInfoFile = "backup.info"
 
+// keepFile is the annotation of barman-cloud-backup-keep: full or standalone.
+const keepFile = "annotations/keep"
+
 // BackupInfo is one backup.info. Lines that are not known here are passed over; only new files are written.
 type BackupInfo struct {
 	ID string // the directory under base/; not in the file
@@ -1804,6 +1964,10 @@ type BackupInfo struct {
 	// travel in the same way, as far as there is room; BadPageCount is how many there are.
 	BadPages     []string
 	BadPageCount int
+
+	// barmanOnly are the lines of newer Barmans that say what we cannot delete: a chain of
+	// incremental backups, or disk snapshots.
+	barmanOnly map[string]string
 
 	// Of a backup that was just taken: read from PostgreSQL's files, stored, and where.
 	bytes, storedBytes int64
@@ -1937,6 +2101,12 @@ func parseBackupInfo(id string, content []byte) (*BackupInfo, error) {
 		key, value = strings.TrimSpace(key), strings.TrimSpace(value)
 		if value == "None" {
 			continue
+		}
+		if key == "parent_backup_id" || key == "children_backup_ids" || key == "snapshots_info" {
+			if b.barmanOnly == nil {
+				b.barmanOnly = map[string]string{}
+			}
+			b.barmanOnly[key] = value
 		}
 		if err := parseField(fields[key], value); err != nil {
 			return nil, fmt.Errorf("%s=%.60s: %w", key, value, err)
@@ -2117,6 +2287,20 @@ func (s *Store) ReadBackupInfo(ctx context.Context, id string) (*BackupInfo, err
 		b.BadPageCount, _ = strconv.Atoi(list[0])
 	}
 	return b, nil
+}
+
+// readKeep reads the keep annotation of a backup. Whatever does not say standalone means full.
+func (s *Store) readKeep(ctx context.Context, id string) (string, error) {
+	r, err := s.Get(ctx, s.baseKey(id, keepFile))
+	if err != nil {
+		return "", err
+	}
+	defer r.Close()
+	content, err := io.ReadAll(io.LimitReader(r, 64))
+	if string(content) != "standalone" {
+		content = []byte("full")
+	}
+	return string(content), err
 }
 
 // WriteBackupInfo stores a backup.info. It is the last object of a backup to be written.

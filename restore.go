@@ -352,7 +352,8 @@ func nothingThere(ctx context.Context, s *Store) error {
 }
 
 // readHistories finds out which timelines the archive knows, and reads the history files
-// that the choice among these backups depends on; the others stay empty.
+// that the choice among these backups depends on; the others stay empty. Without a goal it
+// reads all of them: errDamaged then comes with those that could be read.
 func readHistories(ctx context.Context, s *Store, catalog *Catalog, goal *recoveryGoal) (timelineHistories, error) {
 	_, objects, err := s.listLevel(ctx, s.key("wals/"))
 	if err != nil {
@@ -365,19 +366,35 @@ func readHistories(ctx context.Context, s *Store, catalog *Catalog, goal *recove
 			histories[w.Timeline], stored[w.Timeline] = nil, walObject{object: o, Name: base, codec: c}
 		}
 	}
-	for _, b := range catalog.Backups {
-		t := goal.targetTimeline(b, histories)
-		if o, ok := stored[t]; ok && histories[t] == nil {
-			var content bytes.Buffer
-			if err := readWAL(ctx, s, o, &content); err != nil {
-				return nil, err
-			}
-			if histories[t], err = parseTimelineHistory(content.Bytes()); err != nil {
-				return nil, fmt.Errorf("%s: %w: %w", s.URL(o.Key), errDamaged, err)
-			}
+	wanted := slices.Collect(maps.Keys(stored))
+	if goal != nil {
+		wanted = nil
+		for _, b := range catalog.Backups {
+			wanted = append(wanted, goal.targetTimeline(b, histories))
 		}
 	}
-	return histories, nil
+	var damaged []error
+	for _, t := range wanted {
+		o, ok := stored[t]
+		if !ok || histories[t] != nil {
+			continue
+		}
+		var content bytes.Buffer
+		err := readWAL(ctx, s, o, &content)
+		if err == nil {
+			if histories[t], err = parseTimelineHistory(content.Bytes()); err != nil {
+				err = fmt.Errorf("%s: %w: %w", s.URL(o.Key), errDamaged, err)
+			}
+		}
+		switch {
+		case goal == nil && errors.Is(err, errDamaged):
+			delete(histories, t)
+			damaged = append(damaged, err)
+		case err != nil:
+			return nil, err
+		}
+	}
+	return histories, errors.Join(damaged...)
 }
 
 // ---------------------------------------------------------------------------

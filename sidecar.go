@@ -18,7 +18,9 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -690,6 +692,506 @@ func (m *metricsService) Collect(ctx context.Context, r *metrics.CollectMetricsR
 		result.Metrics = append(result.Metrics, &metrics.CollectMetric{FqName: metric.name, Value: value})
 	}
 	return result, nil
+}
+
+// ---------------------------------------------------------------------------
+// Retention
+// ---------------------------------------------------------------------------
+
+// debrisAge is how long nothing must have been written to a backup without backup.info
+// before it counts as abandoned. It also covers the time zones of Barman's backup ids.
+const debrisAge = 24 * time.Hour
+
+// maxClockSkew is how far our clock may be from the store's when we delete by the age of things.
+const maxClockSkew = time.Hour
+
+// maxWindow in days: more is the same as for ever, and time.Duration ends there.
+const maxWindow = 100_000
+
+var retentionPolicyForm = regexp.MustCompile(`^([1-9][0-9]*)([dwm])$`) // the pattern of crd.yaml
+
+// parseRetentionPolicy reads a recovery window. A month has 31 days, as with Barman.
+func parseRetentionPolicy(policy string) (time.Duration, error) {
+	m := retentionPolicyForm.FindStringSubmatch(policy)
+	if m == nil {
+		return 0, fmt.Errorf("retentionPolicy %q is not a number and d, w or m, such as 30d: nothing is deleted", policy)
+	}
+	unit := map[string]int{"d": 1, "w": 7, "m": 31}[m[2]]
+	days := maxWindow
+	if n, err := strconv.Atoi(m[1]); err == nil && n < maxWindow/unit {
+		days = n * unit
+	}
+	return time.Duration(days) * 24 * time.Hour, nil
+}
+
+// retentionFacts are what the decision depends on.
+type retentionFacts struct {
+	catalog   *Catalog
+	keeps     map[string]string // the annotations, by backup id: full, standalone, or something else
+	active    []string          // ids without backup.info to which something was written within debrisAge
+	histories timelineHistories
+	since     time.Time // the beginning of the recovery window; zero keeps everything
+}
+
+// retentionPlan says what goes, and of each backup why.
+type retentionPlan struct {
+	verdicts []verdict // by id, newest first
+	// boundary is the first segment of the newest backup from which the whole window can be
+	// recovered: WAL after it is not looked at. "" when there is none, and then no WAL goes.
+	boundary  string
+	needs     []walNeed
+	ranges    [][2]string // first and last segment of each backup that is kept standalone
+	histories timelineHistories
+}
+
+// verdict is what becomes of one backup.
+type verdict struct {
+	ID     string `json:"id"`
+	Status string `json:"status"` // as list has it
+	Delete bool   `json:"delete"`
+	Why    string `json:"why"`
+}
+
+// walNeed is where recovery from a backup begins: that segment, and whatever follows on its
+// timeline and on those that lead on from it, stays.
+type walNeed struct {
+	timeline uint32
+	begin    string
+	size     int64
+	anywhere bool // the true beginning is not known, but it is not before this one: all other timelines stay
+}
+
+// planRetention makes the decision. Backups are judged as by Barman's recovery window, from
+// the newest id to the oldest: all stay up to and including the first one that ended before
+// the window. So the newest good backup always stays. Unlike with Barman, that first one
+// must lead to the newest good backup, or the window could not be recovered from it; failed
+// backups go when they are older than the window; and WAL goes by what the backups that
+// stay need, not by which one was deleted.
+func planRetention(f retentionFacts) *retentionPlan {
+	p := &retentionPlan{histories: f.histories}
+	incremental := ""
+	for _, b := range f.catalog.Backups {
+		if b.barmanOnly["parent_backup_id"]+b.barmanOnly["children_backup_ids"] != "" {
+			incremental = b.ID
+		}
+	}
+	var newest *BackupInfo // of the good ones
+	good := ""             // the id of the boundary
+	for _, b := range slices.Backward(f.catalog.Backups) {
+		v := verdict{ID: b.ID, Status: cmp.Or(b.Status, "of unknown status")}
+		keep, annotated := f.keeps[b.ID]
+		unclear := b.unclear()
+		switch {
+		case incremental != "":
+			v.Why = fmt.Sprintf("%s is part of a chain of incremental backups, which only Barman can prune: all backups and all WAL stay", incremental)
+		case b.Status == statusFailed && !annotated:
+			id, _ := time.Parse(backupIDLayout, b.ID)
+			began := slices.MaxFunc([]time.Time{b.BeginTime, id}, time.Time.Compare)
+			v.Delete, v.Why = began.Before(f.since), "it failed, and the window does not reach back to it"
+			if !v.Delete {
+				v.Why = "it failed within the window"
+			}
+		case unclear != "":
+			v.Why = unclear
+			p.needUnclear(b, f.catalog.Backups)
+		case p.boundary == "":
+			newest = cmp.Or(newest, b)
+			end, _ := parseLSN(b.EndLSN)
+			off := ""
+			if b.SystemID == newest.SystemID { // otherwise of a former cluster of that name, whose positions say nothing
+				off = f.histories.offLine(timelineOf(newest.EndWAL, newest.Timeline), timelineOf(b.EndWAL, b.Timeline), end)
+			}
+			p.need(b)
+			switch {
+			case !b.EndTime.Before(f.since):
+				v.Why = "it ended within the window"
+			case off != "":
+				v.Why = fmt.Sprintf("it ended before the window, but does not lead to %s: %s", newest.ID, off)
+			default:
+				p.boundary, good = b.BeginWAL, b.ID
+				v.Why = "the newest that ended before the window: recovery to the beginning of the window starts from it"
+			}
+		case keep == "standalone":
+			p.ranges = append(p.ranges, [2]string{b.BeginWAL, b.EndWAL})
+			v.Why = "annotated keep: standalone, with the WAL that it needs itself"
+		case annotated:
+			p.need(b)
+			v.Why = "annotated keep: full, with all WAL that follows"
+		default:
+			v.Delete, v.Why = true, fmt.Sprintf("the window can be recovered from %s", good)
+		}
+		p.verdicts = append(p.verdicts, v)
+	}
+	for id, err := range f.catalog.Unreadable {
+		p.verdicts = append(p.verdicts, verdict{ID: id, Status: "UNREADABLE", Why: err.Error()})
+		p.needUnclear(&BackupInfo{ID: id}, f.catalog.Backups)
+	}
+	for _, id := range f.active {
+		p.verdicts = append(p.verdicts, verdict{ID: id, Status: "INCOMPLETE", Why: "no backup.info, and something was written to it within 24 h: in progress"})
+		p.needUnclear(&BackupInfo{ID: id}, f.catalog.Backups)
+	}
+	slices.SortFunc(p.verdicts, func(a, b verdict) int { return strings.Compare(b.ID, a.ID) })
+	return p
+}
+
+// unclear says why a backup can neither be taken for good nor for failed; "" when it can.
+func (b *BackupInfo) unclear() string {
+	begin, err := parseWALName(b.BeginWAL)
+	_, endErr := parseLSN(b.EndLSN)
+	switch {
+	case b.barmanOnly["snapshots_info"] != "":
+		return "it has disk snapshots, which only Barman can delete"
+	case b.Status != statusDone:
+		return fmt.Sprintf("its status is %q", b.Status)
+	case !b.Done() || err != nil || begin.Kind != walSegment || endErr != nil || !validSegmentSize(b.WALSegmentSize):
+		return "its backup.info does not say when and where in the WAL it began and ended"
+	}
+	return ""
+}
+
+// need keeps the WAL from the beginning of a backup.
+func (p *retentionPlan) need(b *BackupInfo) {
+	p.needs = append(p.needs, walNeed{timeline: timelineOf(b.BeginWAL, b.Timeline), begin: b.BeginWAL, size: b.WALSegmentSize})
+}
+
+// needUnclear does so for a backup whose beginning may not be known. It began after the
+// backups before it, so the WAL from the newest of those stays; without one, all WAL.
+func (p *retentionPlan) needUnclear(b *BackupInfo, backups []*BackupInfo) {
+	known := func(b *BackupInfo) bool {
+		w, err := parseWALName(b.BeginWAL)
+		return err == nil && w.Kind == walSegment && validSegmentSize(b.WALSegmentSize)
+	}
+	if known(b) {
+		p.need(b)
+		return
+	}
+	id, _ := time.Parse(backupIDLayout, b.ID)
+	need := walNeed{anywhere: true}
+	for _, before := range backups {
+		if known(before) && !before.BeginTime.IsZero() && before.BeginTime.Before(id.Add(-debrisAge)) {
+			need.timeline, need.begin, need.size = timelineOf(before.BeginWAL, 0), before.BeginWAL, before.WALSegmentSize
+		}
+	}
+	p.needs = append(p.needs, need)
+}
+
+// firstNeeded is the first segment of a timeline that stays, by name: those before it go
+// unless a range holds them. It need not exist; "" when all of the timeline stays.
+func (p *retentionPlan) firstNeeded(timeline uint32) string {
+	boundary := timelineOf(p.boundary, 0)
+	if timeline > boundary {
+		return ""
+	}
+	first := fmt.Sprintf("%08XG", timeline) // after every segment of it
+	if timeline == boundary {
+		first = p.boundary
+	}
+	for _, n := range p.needs {
+		switch {
+		case n.timeline == timeline:
+			first = min(first, n.begin)
+		case n.anywhere || p.leads(n, timeline):
+			return ""
+		}
+	}
+	return first
+}
+
+// leads says whether recovery may go on from n to a timeline. It does when that is not known.
+func (p *retentionPlan) leads(n walNeed, timeline uint32) bool {
+	history, known := p.histories[timeline]
+	if timeline < n.timeline || known && !slices.ContainsFunc(history, func(s timelineSwitch) bool { return s.Timeline == n.timeline }) {
+		return false
+	}
+	return !slices.ContainsFunc(history, func(s timelineSwitch) bool {
+		return s.Timeline == n.timeline && segmentName(n.timeline, segmentNumber(s.At, n.size), n.size) < n.begin
+	})
+}
+
+// retained says whether one of the ranges holds a segment.
+func (p *retentionPlan) retained(segment string) bool {
+	return slices.ContainsFunc(p.ranges, func(r [2]string) bool { return r[0] <= segment && segment <= r[1] })
+}
+
+// retentionOptions say how a retention run is made.
+type retentionOptions struct {
+	Policy        string // of the ObjectStore; "" keeps all backups and all WAL
+	Now           time.Time
+	DryRun        bool
+	BackupRunning bool // a backup of this server is being taken: what looks abandoned is left alone
+}
+
+// retentionReport is what a retention run did, or with DryRun would do.
+type retentionReport struct {
+	ServerName string       `json:"serverName"`
+	Policy     string       `json:"policy,omitempty"`
+	Since      *time.Time   `json:"recoveryWindowSince,omitempty"`
+	DryRun     bool         `json:"dryRun"`
+	Backups    []verdict    `json:"backups"` // newest first
+	Debris     []string     `json:"debris"`  // ids of abandoned backups, and keys of unfinished uploads
+	WAL        []deletedWAL `json:"wal"`
+	Objects    int          `json:"objects"` // that went, in all
+	Bytes      int64        `json:"bytes"`
+	Refused    int          `json:"refused"`            // objects that the server did not let go
+	Problems   []string     `json:"problems,omitempty"` // the first of them, and what else is wrong
+	Catalog    *Catalog     `json:"-"`                  // as the run left it
+}
+
+// deletedWAL is the WAL of one timeline that went.
+type deletedWAL struct {
+	Timeline    uint32 `json:"timeline"`
+	Objects     int    `json:"objects"`
+	Bytes       int64  `json:"bytes"`
+	First       string `json:"first"`
+	Last        string `json:"last"`
+	FirstNeeded string `json:"firstNeeded"` // the first segment that stays; it need not exist
+}
+
+// maxProblems bounds the list of problems in a report.
+const maxProblems = 100
+
+func (r *retentionReport) problem(err error) {
+	if len(r.Problems) < maxProblems {
+		slog.Warn("Retention goes on after a problem", "server", r.ServerName, "error", err)
+		r.Problems = append(r.Problems, err.Error())
+	}
+}
+
+// enforceRetention deletes the backups and the WAL that the policy gives up, and what killed
+// Pods have left behind. It may be interrupted anywhere: backup.info goes first, from when on
+// nobody, Barman included, takes what remains for a backup; then that remainder; then the
+// WAL, by what is left by then. The next run finds all of it again. What the server refuses
+// to delete is reported, and does not end the run. The report is valid up to an error.
+func (s *Store) enforceRetention(ctx context.Context, o retentionOptions) (*retentionReport, error) {
+	r := &retentionReport{ServerName: s.Config.ServerName, Policy: o.Policy, DryRun: o.DryRun, Debris: []string{}, WAL: []deletedWAL{}}
+	var facts retentionFacts
+	if o.Policy != "" {
+		window, err := parseRetentionPolicy(o.Policy)
+		if err != nil {
+			return r, fmt.Errorf("ObjectStore %s: %w", s.Config.Name, err)
+		}
+		facts.since = o.Now.Add(-window)
+		r.Since = &facts.since
+	}
+	uploads, debris, err := s.gatherRetention(ctx, o, r, &facts)
+	if err != nil {
+		return r, err
+	}
+	plan := planRetention(facts)
+	r.Backups = plan.verdicts
+
+	var infos []string
+	for _, v := range r.Backups {
+		if v.Delete {
+			infos = append(infos, s.baseKey(v.ID, backupInfoFile))
+		}
+	}
+	refused := map[string]error{}
+	if !o.DryRun {
+		if refused, err = s.DeleteAll(ctx, infos); err != nil {
+			return r, err
+		}
+	}
+	r.Catalog.Backups = slices.Clone(r.Catalog.Backups)
+	for i := range r.Backups {
+		v := &r.Backups[i]
+		if err := refused[s.baseKey(v.ID, backupInfoFile)]; err != nil {
+			at := slices.IndexFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == v.ID })
+			plan.needUnclear(facts.catalog.Backups[at], facts.catalog.Backups)
+			v.Delete, v.Why = false, "the server refuses to delete it"
+			r.problem(err)
+			r.Refused++
+		} else if v.Delete {
+			debris = append(debris, v.ID)
+			if !o.DryRun {
+				slog.Info("Deleting a backup", "backupID", v.ID, "status", v.Status, "why", v.Why, "policy", o.Policy)
+				r.Objects++ // the others are counted as they go
+			}
+			r.Catalog.Backups = slices.DeleteFunc(r.Catalog.Backups, func(b *BackupInfo) bool { return b.ID == v.ID })
+		}
+	}
+
+	d := &remover{store: s, report: r}
+	for _, id := range debris {
+		for object, err := range s.List(ctx, s.baseKey(id, "")) {
+			if err != nil {
+				return r, err
+			}
+			if ours, _ := s.layoutKey(object.Key); ours == id {
+				if err := d.add(ctx, object); err != nil {
+					return r, err
+				}
+			}
+		}
+	}
+	if err := d.flush(ctx); err != nil {
+		return r, err
+	}
+	for timeline := uint32(1); timeline <= timelineOf(plan.boundary, 0); timeline++ {
+		if err := s.deleteWAL(ctx, r, plan, timeline); err != nil {
+			return r, err
+		}
+	}
+	for _, u := range uploads {
+		r.Debris = append(r.Debris, u.key)
+		if !o.DryRun {
+			slog.Info("Aborting an abandoned upload", "object", s.URL(u.key), "uploadID", u.id, "lastWritten", u.active)
+			if err := s.AbortUpload(ctx, u); errors.Is(err, errDenied) {
+				r.problem(err)
+			} else if err != nil {
+				return r, err
+			}
+		}
+	}
+	return r, nil
+}
+
+// gatherRetention finds out what the decision depends on, and what has been abandoned:
+// unfinished uploads, and backups that have neither a backup.info nor a keep annotation.
+func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *retentionReport, facts *retentionFacts) (uploads []upload, debris []string, err error) {
+	clock, err := s.ServerTime(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if skew := o.Now.Sub(clock).Abs(); !clock.IsZero() && skew > maxClockSkew {
+		return nil, nil, fmt.Errorf("nothing is deleted: it is %s here and %s at %s: correct the clock that is wrong",
+			timestamp(o.Now), timestamp(clock), s.URL(""))
+	}
+	// The uploads come before the catalog: what ends in between is seen there.
+	all, err := s.Uploads(ctx, s.key(""))
+	uploadsKnown := err == nil
+	if err != nil {
+		r.problem(fmt.Errorf("what was abandoned stays: %w", err))
+	}
+	if facts.catalog, err = s.Catalog(ctx); err != nil {
+		return nil, nil, err
+	}
+	r.Catalog = &Catalog{Backups: facts.catalog.Backups, Incomplete: facts.catalog.Incomplete, Unreadable: facts.catalog.Unreadable}
+	written := map[string]time.Time{} // to each backup, the last time
+	facts.keeps = map[string]string{}
+	for object, err := range s.List(ctx, s.key("base/")) {
+		if err != nil {
+			return nil, nil, err
+		}
+		id, file, _ := strings.Cut(strings.TrimPrefix(object.Key, s.key("base/")), "/")
+		if !backupIDForm.MatchString(id) {
+			continue
+		}
+		written[id] = slices.MaxFunc([]time.Time{written[id], object.Modified}, time.Time.Compare)
+		if file == keepFile {
+			if facts.keeps[id], err = s.readKeep(ctx, id); err != nil {
+				return nil, nil, err
+			}
+		}
+	}
+	for _, u := range all {
+		if id, _ := s.layoutKey(u.key); id != "" {
+			written[id] = slices.MaxFunc([]time.Time{written[id], u.active}, time.Time.Compare)
+		}
+	}
+	abandoned := func(t time.Time) bool { return o.Now.Sub(t) > debrisAge }
+	for _, u := range all {
+		id, segment := s.layoutKey(u.key)
+		if !o.BackupRunning && (id != "" && abandoned(written[id]) || segment != "" && abandoned(u.active)) {
+			uploads = append(uploads, u)
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(written)) {
+		_, annotated := facts.keeps[id]
+		_, unreadable := facts.catalog.Unreadable[id]
+		switch {
+		case unreadable || slices.ContainsFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == id }):
+		case !abandoned(written[id]):
+			facts.active = append(facts.active, id)
+		case uploadsKnown && !annotated && !o.BackupRunning:
+			debris = append(debris, id)
+		}
+	}
+	r.Debris = append(r.Debris, debris...)
+	if facts.histories, err = readHistories(ctx, s, facts.catalog, nil); errors.Is(err, errDamaged) {
+		r.problem(err)
+	} else if err != nil {
+		return nil, nil, err
+	}
+	for _, err := range facts.catalog.Unreadable {
+		r.problem(err)
+	}
+	return uploads, debris, nil
+}
+
+// deleteWAL deletes what no backup needs of a timeline's WAL. Names come in their order, so
+// that no more than that has to be listed.
+func (s *Store) deleteWAL(ctx context.Context, r *retentionReport, plan *retentionPlan, timeline uint32) error {
+	gone := deletedWAL{Timeline: timeline, FirstNeeded: plan.firstNeeded(timeline)}
+	if gone.FirstNeeded == "" {
+		return nil
+	}
+	d := &remover{store: s, report: r}
+	objects, bytes := r.Objects, r.Bytes
+	for object, err := range s.List(ctx, s.key("wals", fmt.Sprintf("%08X", timeline))) {
+		if err != nil {
+			return err
+		}
+		_, segment := s.layoutKey(object.Key)
+		if segment >= gone.FirstNeeded {
+			break
+		}
+		if segment == "" || plan.retained(segment) {
+			continue
+		}
+		gone.First, gone.Last = cmp.Or(gone.First, segment), segment
+		if err := d.add(ctx, object); err != nil {
+			return err
+		}
+	}
+	if err := d.flush(ctx); err != nil || gone.First == "" {
+		return err
+	}
+	gone.Objects, gone.Bytes = r.Objects-objects, r.Bytes-bytes
+	r.WAL = append(r.WAL, gone)
+	if !r.DryRun {
+		slog.Info("Deleted WAL that no backup needs", "timeline", timeline, "first", gone.First, "last", gone.Last, "objects", gone.Objects, "bytes", gone.Bytes)
+	}
+	return nil
+}
+
+// remover deletes objects in batches, and never holds more than one.
+type remover struct {
+	store  *Store
+	report *retentionReport
+	batch  []object
+}
+
+func (d *remover) add(ctx context.Context, o object) error {
+	if d.batch = append(d.batch, o); len(d.batch) < deleteBatch {
+		return nil
+	}
+	return d.flush(ctx)
+}
+
+func (d *remover) flush(ctx context.Context) error {
+	var refused map[string]error
+	if !d.report.DryRun {
+		keys := make([]string, len(d.batch))
+		for i, o := range d.batch {
+			keys[i] = o.Key
+		}
+		var err error
+		if refused, err = d.store.DeleteAll(ctx, keys); err != nil {
+			return err
+		}
+	}
+	for _, o := range d.batch {
+		if err := refused[o.Key]; err != nil {
+			d.report.problem(err)
+			d.report.Refused++
+			continue
+		}
+		d.report.Objects++
+		d.report.Bytes += o.Size
+	}
+	d.batch = d.batch[:0]
+	return nil
 }
 
 // ---------------------------------------------------------------------------

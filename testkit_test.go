@@ -171,16 +171,22 @@ func barman(t testing.TB, s *s3Server, env []string, name string, args ...string
 		t.Fatalf("%v: install it with `make deps` (Debian package barman-cli-cloud)", err)
 	}
 	cmd := exec.Command(path, append([]string{"--cloud-provider", "aws-s3", "--endpoint-url", s.Endpoint}, args...)...)
-	cmd.Env = append(os.Environ(),
-		"AWS_ACCESS_KEY_ID="+s.AccessKey, "AWS_SECRET_ACCESS_KEY="+s.SecretKey, "AWS_DEFAULT_REGION=us-east-1",
-		"AWS_CONFIG_FILE=/dev/null", "AWS_SHARED_CREDENTIALS_FILE=/dev/null", "AWS_EC2_METADATA_DISABLED=true",
-		// newer versions of boto3 send checksums that not every server takes
-		"AWS_REQUEST_CHECKSUM_CALCULATION=when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required")
-	if s.CAFile != "" {
-		cmd.Env = append(cmd.Env, "AWS_CA_BUNDLE="+s.CAFile)
-	}
+	cmd.Env = append(os.Environ(), barmanEnv(s)...)
 	cmd.Env = append(cmd.Env, env...)
 	return run(t, cmd)
+}
+
+// barmanEnv is what Barman has to find in its environment.
+func barmanEnv(s *s3Server) []string {
+	env := []string{
+		"AWS_ACCESS_KEY_ID=" + s.AccessKey, "AWS_SECRET_ACCESS_KEY=" + s.SecretKey, "AWS_DEFAULT_REGION=us-east-1",
+		"AWS_CONFIG_FILE=/dev/null", "AWS_SHARED_CREDENTIALS_FILE=/dev/null", "AWS_EC2_METADATA_DISABLED=true",
+		// newer versions of boto3 send checksums that not every server takes
+		"AWS_REQUEST_CHECKSUM_CALCULATION=when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"}
+	if s.CAFile != "" {
+		env = append(env, "AWS_CA_BUNDLE="+s.CAFile)
+	}
+	return env
 }
 
 // ---------------------------------------------------------------------------
