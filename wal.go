@@ -4,12 +4,14 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -18,6 +20,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -419,18 +422,38 @@ func walFileSize(f *os.File, name walName) (int64, error) {
 	return info.Size(), nil
 }
 
+// compressors admits as many compressions at once as there are cores to run them, up to
+// four: more would only need more memory. The requests go on meanwhile.
+var compressors = make(chan struct{}, min(runtime.GOMAXPROCS(0), 4))
+
 // compressFile writes a file to w through a codec and returns the SHA-256 of its content in hex.
 func compressFile(w io.Writer, f *os.File, c *codec, level string) (string, error) {
+	compressors <- struct{}{}
+	defer func() { <-compressors }()
 	z, err := c.compress(w, level)
 	if err != nil {
 		return "", err
 	}
-	sum := sha256.New()
-	_, err = io.Copy(z, io.TeeReader(f, sum))
+	summed := &sumWriter{z, sha256.New()}
+	_, err = io.CopyBuffer(summed, struct{ io.Reader }{f}, make([]byte, copyBufferSize))
 	if closeErr := z.Close(); err == nil {
 		err = closeErr
 	}
-	return hex.EncodeToString(sum.Sum(nil)), err
+	return hex.EncodeToString(summed.sum.Sum(nil)), err
+}
+
+// sumWriter computes a checksum of what passes through it to w, on another core meanwhile.
+type sumWriter struct {
+	w   io.Writer
+	sum hash.Hash
+}
+
+func (s *sumWriter) Write(p []byte) (int, error) {
+	summed := make(chan struct{})
+	go func() { s.sum.Write(p); close(summed) }()
+	n, err := s.w.Write(p)
+	<-summed
+	return n, err
 }
 
 // sumFile is the SHA-256 of a file in hex; the file is then at its beginning again.
@@ -901,15 +924,19 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) error {
 		return bad(err)
 	}
 	defer z.Close()
-	sum := sha256.New()
-	n, err := io.Copy(io.MultiWriter(w, sum), io.LimitReader(z, maxWALFile+1))
+	summed := &sumWriter{w, sha256.New()}
+	pieces := bufio.NewWriterSize(summed, copyBufferSize) // large ones, worth another core
+	n, err := io.Copy(pieces, io.LimitReader(z, maxWALFile+1))
+	if err == nil {
+		err = pieces.Flush()
+	}
 	switch {
 	case err != nil:
 		return bad(err)
 	case n > maxWALFile:
 		return bad(fmt.Errorf("more than %d bytes", maxWALFile))
 	}
-	if want := r.Metadata[contentSum]; want != "" && want != hex.EncodeToString(sum.Sum(nil)) {
+	if want := r.Metadata[contentSum]; want != "" && want != hex.EncodeToString(summed.sum.Sum(nil)) {
 		return bad(fmt.Errorf("its content does not have the SHA-256 %s that it was stored with", want))
 	}
 	return nil
