@@ -507,6 +507,33 @@ func (h *headWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// checkSystem refuses to continue the archive of another database system. A major upgrade in
+// place makes a new one, which begins with timeline 1 again: its segments may have names of
+// their own, but a recovery would follow the timelines of the old one. Whose archive it is,
+// the newest backup says; without any there is nothing to recover.
+func checkSystem(ctx context.Context, s *Store, systemID uint64) error {
+	ids, err := s.ListDirectories(ctx, s.key("base/"))
+	if err != nil {
+		return fmt.Errorf("check whose archive it is: %w", err)
+	}
+	slices.Sort(ids)
+	for _, id := range slices.Backward(ids) {
+		b, err := s.ReadBackupInfo(ctx, id)
+		switch {
+		case errors.Is(err, errNotFound), errors.Is(err, errBadBackupInfo):
+		case err != nil:
+			return fmt.Errorf("check whose archive it is: %w", err)
+		case !b.Done() || b.SystemID == "":
+		case systemID != 0 && b.SystemID != strconv.FormatUint(systemID, 10):
+			return fmt.Errorf("%w: %s is of system identifier %s, this cluster has %d: it was upgraded to a new major version, which makes a new system identifier, "+
+				"or another cluster was here. Give it another serverName (plugin parameter), and take a base backup", errArchiveNotEmpty, s.URL(s.baseKey(id, "")), b.SystemID, systemID)
+		default:
+			return nil
+		}
+	}
+	return nil
+}
+
 // explainDifference says whose segment lies in the archive and what to do about it.
 func explainDifference(name walName, stored []byte, f *os.File) string {
 	const cure = "Nothing was overwritten. Give this cluster another serverName (plugin parameter), under which it begins an archive of its own, and take a base backup"
@@ -1218,6 +1245,8 @@ type walService struct {
 	archiver *archiver
 	prefetch *prefetcher
 	report   *report
+	// continued holds the StoreRefs whose archive is known to be of this database system.
+	continued sync.Map
 }
 
 // newWALService makes the service; its background work ends with life. spool is a
@@ -1277,6 +1306,12 @@ func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef
 			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
 		}
 	}
+	if _, known := w.continued.Load(ref); !check && !known && cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled" {
+		if err := checkSystem(ctx, s, systemIdentifier(w.pgdata)); err != nil {
+			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
+		}
+	}
+	w.continued.Store(ref, true)
 	if err := w.archiver.archive(ctx, s, r.SourceFileName, !check); err != nil {
 		return err
 	}

@@ -847,6 +847,53 @@ func testWALService(t testing.TB, source configSource, instance, pgdata string) 
 	return w
 }
 
+// A major upgrade makes a new database system, whose segments carry on with new names: the
+// archive of the old one is not continued, unless somebody insists.
+func TestArchiveOfAnotherSystem(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket)
+	source, err := newFileSource(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgdata := testDir(t)
+	if err := os.Mkdir(filepath.Join(pgdata, "global"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(pgdata, "global/pg_control"), binary.LittleEndian.AppendUint64(nil, 7), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	backup := func(id, systemID string, done bool) {
+		t.Helper()
+		b := aBackup(id, 1, "13:30", "0/8000200")
+		if b.SystemID = systemID; !done {
+			b.Status, b.EndTime = statusFailed, time.Time{}
+		}
+		if err := testStore(t, server, bucket, "main").WriteBackupInfo(t.Context(), b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	archive := func(annotations string) error { // as a sidecar that has just started
+		cluster := []byte(`{"metadata":{"name":"main","annotations":{` + annotations + `}},"spec":{"plugins":[{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store"}}]}}`)
+		_, err := testWALService(t, source, "main-1", pgdata).Archive(t.Context(), &wal.WALArchiveRequest{ClusterDefinition: cluster, SourceFileName: writeWAL(t, seg6, segment(seg6, mib, 7, 1))})
+		return err
+	}
+	backup("20260101T000000", "9", true)
+	backup("20260102T000000", "7", false) // one that was tried after the upgrade
+	if err := archive(""); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("the archive of another system is continued: %v", err)
+	} else {
+		mustSay(t, err, nil, "base/20260101T000000", "system identifier 9", "7", "major version", "serverName", "base backup")
+	}
+	if err := archive(`"cnpg.io/skipEmptyWalArchiveCheck":"enabled"`); err != nil {
+		t.Error(err)
+	}
+	backup("20260103T000000", "7", true)
+	if err := archive(""); err != nil {
+		t.Errorf("after somebody insisted, and a backup: %v", err)
+	}
+}
+
 func TestWALService(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
 	source, err := newFileSource(storeFile(t, server, bucket))
