@@ -20,7 +20,6 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -422,14 +421,8 @@ func walFileSize(f *os.File, name walName) (int64, error) {
 	return info.Size(), nil
 }
 
-// compressors admits as many compressions at once as there are cores to run them, up to
-// four: more would only need more memory. The requests go on meanwhile.
-var compressors = make(chan struct{}, min(runtime.GOMAXPROCS(0), 4))
-
 // compressFile writes a file to w through a codec and returns the SHA-256 of its content in hex.
 func compressFile(w io.Writer, f *os.File, c *codec, level string) (string, error) {
-	compressors <- struct{}{}
-	defer func() { <-compressors }()
 	z, err := c.compress(w, level)
 	if err != nil {
 		return "", err
