@@ -55,9 +55,10 @@ test-versions: deps tools
 	hack/versions.sh
 
 # The whole thing on the cluster of KUBECONFIG, which runs CloudNativePG, with the
-# manifests of examples/. e2e/run.sh says what can be set.
+# manifests of examples/. e2e/run.sh says what can be set. The other architecture is only built.
 e2e: image
-	e2e/run.sh
+	@$(MAKE) -s --no-print-directory image ARCH=arm64
+	e2e/run.sh $(TRACKS)
 
 # The Debian packages that demo and tests need, where they are missing.
 deps:

@@ -56,4 +56,5 @@ cat >"$layout/manifest.json" <<JSON
 JSON
 
 pack "$layout" blobs index.json manifest.json oci-layout >"$archive"
-echo "$archive: $reference, linux/$arch, $(stat -c %s "$archive") bytes, manifest sha256:$manifest"
+[ "$(size "$layer")" -le 20971520 ] || { echo "image.sh: the layer has $(size "$layer") bytes compressed; 20 MiB is what the image may have" >&2; exit 1; }
+echo "$archive: $reference, linux/$arch, $(stat -c %s "$archive") bytes compressed, manifest sha256:$manifest"
