@@ -13,6 +13,7 @@ import (
 	"compress/bzip2"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -612,7 +613,8 @@ type Store struct {
 	// noConditionalPut is set when the server answered that it has no If-None-Match.
 	noConditionalPut atomic.Bool
 	// noBatchDelete is set when the server refused DeleteObjects as such.
-	noBatchDelete atomic.Bool
+	noBatchDelete  atomic.Bool
+	certificateEnd atomic.Int64 // of the server's TLS certificate, in Unix seconds; 0: not seen yet
 }
 
 // OpenStore makes the S3 client for a configuration. It sends nothing.
@@ -686,6 +688,10 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 				return nil, err
 			}
 			return &stallConn{Conn: conn, read: stall, write: writeStall}, nil
+		}
+		t.TLSClientConfig.VerifyConnection = func(c tls.ConnectionState) error { // once it has been verified
+			s.certificateEnd.Store(c.PeerCertificates[0].NotAfter.Unix())
+			return nil
 		}
 		t.ForceAttemptHTTP2 = false // parallel parts want connections of their own
 		t.MaxIdleConnsPerHost = 64
@@ -876,7 +882,37 @@ func (s *Store) wrap(op, key string, err error) error {
 		e.kind = errTransient
 		e.hint = "is " + where + " reachable from here?"
 	}
+	if e.kind != errNotFound && e.kind != errPrecondition && !errors.Is(err, context.Canceled) {
+		s3Errors.add(cmp.Or(code, "NoReply"))
+	}
 	return e
+}
+
+// errorCounts counts failed requests by S3's code.
+type errorCounts struct {
+	mu sync.Mutex
+	n  map[string]int64
+}
+
+// s3Errors are those of this process, for the metrics.
+var s3Errors = errorCounts{n: map[string]int64{}}
+
+// maxErrorCodes bounds the codes that are told apart, whatever a server may answer.
+const maxErrorCodes = 50
+
+func (e *errorCounts) add(code string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if _, known := e.n[code]; !known && len(e.n) >= maxErrorCodes {
+		code = "other"
+	}
+	e.n[code]++
+}
+
+func (e *errorCounts) all() map[string]int64 {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return maps.Clone(e.n)
 }
 
 // ---------------------------------------------------------------------------

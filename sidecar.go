@@ -129,7 +129,7 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 	report := walFiles.report
 	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance, pgdata: pgdata, report: report})
 	restorejob.RegisterRestoreJobHooksServer(server, &restoreJobService{source: source, pgdata: pgdata, report: report})
-	metrics.RegisterMetricsServer(server, &metricsService{source: source})
+	metrics.RegisterMetricsServer(server, &metricsService{source: source, report: report})
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer()) // SERVING from the start
 
 	stopped := make(chan struct{})
@@ -252,6 +252,9 @@ type report struct {
 	lastWAL  string
 	lastTime time.Time
 	written  time.Time // when the progress was
+
+	files, failures, bytes int64 // for the metrics
+	seconds                float64
 }
 
 type findingKey struct {
@@ -297,12 +300,21 @@ func (r *report) found(at StoreRef, kind, otherwise string, err error) {
 	}
 }
 
-// archived notes what came of a WAL file.
-func (r *report) archived(cluster *Cluster, at StoreRef, name string, err error) {
+// archived notes what came of the WAL file at path.
+func (r *report) archived(cluster *Cluster, at StoreRef, path string, took time.Duration, err error) {
+	r.mu.Lock()
+	r.seconds += took.Seconds()
+	if err != nil {
+		r.failures++
+	} else if info, err := os.Stat(path); err == nil {
+		r.bytes += info.Size()
+	}
+	r.mu.Unlock()
 	switch {
 	case err == nil:
 		r.mu.Lock()
-		r.archive, r.lastWAL, r.lastTime = at, name, time.Now()
+		r.files++
+		r.archive, r.lastWAL, r.lastTime = at, filepath.Base(path), time.Now()
 		_, conflict := r.findings[findingKey{StoreRef{at.ObjectStore, cluster.Name}, conditionArchiving}]
 		r.mu.Unlock()
 		if conflict {
@@ -531,15 +543,48 @@ func (r *report) lookAfter(ctx context.Context, kube *kubeSource, cluster *Clust
 	if err != nil {
 		return err
 	}
-	catalog, err := s.Catalog(ctx)
-	if err != nil {
+	retention, err := s.enforceRetention(ctx, retentionOptions{Policy: policy, Now: time.Now(),
+		BackupRunning: slices.ContainsFunc(backups, func(b *backupObject) bool { return !b.ended() })})
+	if n := len(retention.Problems); err == nil && n > 0 {
+		err = fmt.Errorf("%d problems, the first is: %s", n, retention.Problems[0])
+	}
+	catalog := retention.Catalog
+	if catalog == nil {
 		return err
 	}
-	return errors.Join(
+	return errors.Join(err,
 		kube.dropBackups(ctx, cluster, s, catalog, backups),
 		r.source.UpdateStatus(ctx, ref, func(w *RecoveryWindow, _ *ServerStatus) {
 			w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = catalog.recoverability()
-		}))
+		}),
+		r.lookForGaps(ctx, s, ref, catalog))
+}
+
+// lookForGaps tells of WAL that backups need and that is not there. What PostgreSQL has
+// still to archive, which may be overtaken by what comes after it, is no gap.
+func (r *report) lookForGaps(ctx context.Context, s *Store, ref StoreRef, catalog *Catalog) error {
+	waiting, err := waitingWAL(filepath.Join(r.pgdata, "pg_wal"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	timelines, err := walCoverage(ctx, s, catalog, waiting...)
+	if err != nil {
+		return fmt.Errorf("look for gaps in the WAL: %w", err)
+	}
+	var gaps []string
+	missing := 0
+	for _, t := range timelines {
+		gaps, missing = append(gaps, t.Gaps...), missing+t.Missing
+	}
+	gaps = gaps[:min(len(gaps), maxGaps)]
+	if missing > 0 {
+		err = fmt.Errorf("%d WAL segments are missing in %s: %s: a recovery from a backup before a gap ends there; take a base backup now",
+			missing, s.URL(s.key("wals/")), strings.Join(gaps, ", "))
+	} else {
+		err = nil
+	}
+	r.found(ref, conditionWAL, "WALGap", err)
+	return r.source.UpdateStatus(ctx, ref, func(_ *RecoveryWindow, st *ServerStatus) { st.WALGaps, st.MissingWAL = gaps, missing })
 }
 
 // backupObject is what we read of a Backup (postgresql.cnpg.io/v1).
@@ -630,26 +675,86 @@ func (k *kubeSource) dropBackups(ctx context.Context, cluster *Cluster, s *Store
 // Metrics
 // ---------------------------------------------------------------------------
 
-// metricsService gives the instance manager's exporter the three metrics of the
-// original. They come from the status of the ObjectStore, so every instance has them.
+// metricsService gives the instance manager's exporter the metrics of the original and
+// some more. What is about the archive comes from the status of the ObjectStore, so every
+// instance has it; what is about the work of a sidecar is its own, since it began. No
+// request is made for it.
 type metricsService struct {
 	metrics.UnimplementedMetricsServer
 	source configSource
+	report *report
 }
 
 const metricPrefix = "barman_cloud_cloudnative_pg_io_"
 
-// recoveryWindowMetrics are gauges in seconds since 1970, 0 when there is no such point.
-var recoveryWindowMetrics = []struct {
+// measured is what the metrics are made of.
+type measured struct {
+	window                 RecoveryWindow
+	server                 ServerStatus
+	backup                 LastBackup
+	files, failures, bytes int64
+	seconds                float64
+	lastTime, oldest       time.Time
+	waiting                int
+	certificateEnd         int64
+}
+
+const counter, gauge = metrics.MetricType_TYPE_COUNTER, metrics.MetricType_TYPE_GAUGE
+
+// sidecarMetrics are in Prometheus' base units. The first three are the original's. All are
+// 0 when there is no such thing.
+var sidecarMetrics = []struct {
 	name, help string
-	value      func(RecoveryWindow) *metav1.Time
+	kind       metrics.MetricType_Type
+	value      func(*measured) float64
 }{
-	{metricPrefix + "first_recoverability_point", "The first point of recoverability for the cluster as a unix timestamp",
-		func(w RecoveryWindow) *metav1.Time { return w.FirstRecoverabilityPoint }},
-	{metricPrefix + "last_available_backup_timestamp", "The last available backup as a unix timestamp",
-		func(w RecoveryWindow) *metav1.Time { return w.LastSuccessfulBackupTime }},
-	{metricPrefix + "last_failed_backup_timestamp", "The last failed backup as a unix timestamp",
-		func(w RecoveryWindow) *metav1.Time { return w.LastFailedBackupTime }},
+	{"first_recoverability_point", "The first point of recoverability for the cluster as a unix timestamp", gauge,
+		func(m *measured) float64 { return unixTime(m.window.FirstRecoverabilityPoint) }},
+	{"last_available_backup_timestamp", "The last available backup as a unix timestamp", gauge,
+		func(m *measured) float64 { return unixTime(m.window.LastSuccessfulBackupTime) }},
+	{"last_failed_backup_timestamp", "The last failed backup as a unix timestamp", gauge,
+		func(m *measured) float64 { return unixTime(m.window.LastFailedBackupTime) }},
+	{"last_backup_duration_seconds", "How long the last backup took", gauge, func(m *measured) float64 { return float64(m.backup.Seconds) }},
+	{"last_backup_bytes", "Bytes that the last backup read", gauge, func(m *measured) float64 { return float64(m.backup.Bytes) }},
+	{"last_backup_stored_bytes", "Bytes that the last backup takes in the object store", gauge, func(m *measured) float64 { return float64(m.backup.StoredBytes) }},
+	{"bad_pages", "Pages with a wrong checksum in the last backup", gauge, func(m *measured) float64 { return float64(m.backup.BadPages) }},
+	{"missing_wal_segments", "WAL segments that backups need and the archive does not have", gauge, func(m *measured) float64 { return float64(m.server.MissingWAL) }},
+	{"archived_wal_files_total", "WAL files that this instance archived", counter, func(m *measured) float64 { return float64(m.files) }},
+	{"archived_wal_bytes_total", "Bytes of the WAL files that this instance archived, before compression", counter, func(m *measured) float64 { return float64(m.bytes) }},
+	{"archive_failures_total", "Attempts of this instance to archive a WAL file that failed", counter, func(m *measured) float64 { return float64(m.failures) }},
+	{"archive_seconds_total", "Time that this instance spent on archiving WAL files", counter, func(m *measured) float64 { return m.seconds }},
+	{"last_archived_wal_timestamp_seconds", "When this instance last archived a WAL file", gauge, func(m *measured) float64 { return seconds(m.lastTime) }},
+	{"waiting_wal_files", "WAL files of this instance that wait to be archived", gauge, func(m *measured) float64 { return float64(m.waiting) }},
+	{"oldest_waiting_wal_age_seconds", "How long the oldest of them has waited", gauge, func(m *measured) float64 {
+		if m.oldest.IsZero() {
+			return 0
+		}
+		return time.Since(m.oldest).Seconds()
+	}},
+	{"s3_certificate_expiry_timestamp_seconds", "When the TLS certificate of the object store ends", gauge, func(m *measured) float64 { return float64(m.certificateEnd) }},
+}
+
+// ofStatus is how many of the metrics, the first ones, come from the status of the ObjectStore.
+const ofStatus = 8
+
+// The metrics with a label.
+const (
+	conditionMetric, conditionHelp = "condition_failed", "1 where a condition of the server in the ObjectStore is false"
+	s3ErrorMetric, s3ErrorHelp     = "s3_errors_total", "Failed requests of this instance to the object store"
+)
+
+func unixTime(t *metav1.Time) float64 {
+	if t == nil {
+		return 0
+	}
+	return float64(t.Unix())
+}
+
+func seconds(t time.Time) float64 {
+	if t.IsZero() {
+		return 0
+	}
+	return float64(t.Unix())
 }
 
 // GetCapabilities is part of the handshake.
@@ -662,34 +767,61 @@ func (*metricsService) GetCapabilities(context.Context, *metrics.MetricsCapabili
 // Define lists the metrics. Every name that Collect returns must be among them, or the whole scrape fails.
 func (*metricsService) Define(context.Context, *metrics.DefineMetricsRequest) (*metrics.DefineMetricsResult, error) {
 	result := &metrics.DefineMetricsResult{}
-	for _, m := range recoveryWindowMetrics {
-		result.Metrics = append(result.Metrics, &metrics.Metric{FqName: m.name, Help: m.help,
-			ValueType: &metrics.MetricType{Type: metrics.MetricType_TYPE_GAUGE}})
+	add := func(name, help string, kind metrics.MetricType_Type, labels ...string) {
+		result.Metrics = append(result.Metrics, &metrics.Metric{FqName: metricPrefix + name, Help: help, VariableLabels: labels,
+			ValueType: &metrics.MetricType{Type: kind}})
 	}
+	for _, m := range sidecarMetrics {
+		add(m.name, m.help, m.kind)
+	}
+	add(conditionMetric, conditionHelp, gauge, "type")
+	add(s3ErrorMetric, s3ErrorHelp, counter, "code")
 	return result, nil
 }
 
-// Collect reads the recovery window of the cluster's own server name.
+// Collect measures. Without the ObjectStore it still tells what this sidecar knows itself.
 func (m *metricsService) Collect(ctx context.Context, r *metrics.CollectMetricsRequest) (*metrics.CollectMetricsResult, error) {
 	cluster, err := DecodeCluster(r.ClusterDefinition)
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	result := &metrics.CollectMetricsResult{}
-	var window RecoveryWindow
+	var v measured
+	var statusErr error
+	m.report.mu.Lock()
+	v.files, v.failures, v.bytes, v.seconds, v.lastTime = m.report.files, m.report.failures, m.report.bytes, m.report.seconds, m.report.lastTime
+	m.report.mu.Unlock()
+	_, v.oldest, v.waiting = oldestWaiting(m.report.pgdata)
 	if ref := cluster.ArchiveStore(); ref != nil {
-		st, err := m.source.Status(ctx, ref.ObjectStore)
-		if err != nil {
-			return nil, grpcError(err)
+		if s, err := m.source.Store(ctx, *ref); err == nil {
+			v.certificateEnd = s.certificateEnd.Load()
 		}
-		window = st.ServerRecoveryWindow[ref.ServerName]
+		var st ObjectStoreStatus
+		if st, statusErr = m.source.Status(ctx, ref.ObjectStore); statusErr != nil {
+			slog.Debug("Metrics without the status of the ObjectStore", "error", statusErr)
+		}
+		v.window, v.server = st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName]
+		if v.server.LastBackup != nil {
+			v.backup = *v.server.LastBackup
+		}
 	}
-	for _, metric := range recoveryWindowMetrics {
-		value := 0.0
-		if t := metric.value(window); t != nil {
-			value = float64(t.Unix())
+	result := &metrics.CollectMetricsResult{}
+	add := func(name string, value float64, labels ...string) {
+		result.Metrics = append(result.Metrics, &metrics.CollectMetric{FqName: metricPrefix + name, Value: value, VariableLabels: labels})
+	}
+	for i, metric := range sidecarMetrics {
+		if statusErr == nil || i >= ofStatus {
+			add(metric.name, metric.value(&v))
 		}
-		result.Metrics = append(result.Metrics, &metrics.CollectMetric{FqName: metric.name, Value: value})
+	}
+	for _, c := range v.server.Conditions {
+		failed := 0.0
+		if c.Status == metav1.ConditionFalse {
+			failed = 1
+		}
+		add(conditionMetric, failed, c.Type)
+	}
+	for code, n := range s3Errors.all() {
+		add(s3ErrorMetric, float64(n), code)
 	}
 	return result, nil
 }

@@ -211,8 +211,30 @@ func TestSidecarArchivesBacksUpRestores(t *testing.T) {
 		}
 		values[c.FqName] = c.Value
 	}
+	segments, _ := strconv.ParseFloat(p.Query("SELECT archived_count FROM pg_stat_archiver"), 64)
+	for name, want := range map[string]func(float64) bool{
+		"archived_wal_files_total":            func(v float64) bool { return v >= segments },
+		"archived_wal_bytes_total":            func(v float64) bool { return v >= (segments-1)*(16<<20) }, // one is a .backup file
+		"archive_failures_total":              func(v float64) bool { return v == 0 },
+		"archive_seconds_total":               func(v float64) bool { return v > 0 },
+		"last_archived_wal_timestamp_seconds": func(v float64) bool { return v >= float64(result.StartedAt) },
+		"waiting_wal_files":                   func(v float64) bool { return v == 0 },
+		"oldest_waiting_wal_age_seconds":      func(v float64) bool { return v == 0 },
+		"last_backup_duration_seconds": func(v float64) bool {
+			return v == float64(result.StoppedAt-result.StartedAt) || v == float64(result.StoppedAt-result.StartedAt)-1
+		},
+		"last_backup_bytes":                       func(v float64) bool { return v > 20<<20 },
+		"last_backup_stored_bytes":                func(v float64) bool { return v > 1<<20 && v < values[metricPrefix+"last_backup_bytes"] },
+		"bad_pages":                               func(v float64) bool { return v == 0 },
+		"condition_failed":                        func(v float64) bool { return v == 0 },
+		"s3_certificate_expiry_timestamp_seconds": func(v float64) bool { return v == 0 }, // plain HTTP
+	} {
+		if v, ok := values[metricPrefix+name]; !ok || !want(v) {
+			t.Errorf("%s is %v (%t) after %v segments", name, v, ok, segments)
+		}
+	}
 	if at := float64(result.StoppedAt); values[metricPrefix+"first_recoverability_point"] != at ||
-		values[metricPrefix+"last_available_backup_timestamp"] != at || values[metricPrefix+"last_failed_backup_timestamp"] != 0 || len(values) != 3 {
+		values[metricPrefix+"last_available_backup_timestamp"] != at || values[metricPrefix+"last_failed_backup_timestamp"] != 0 {
 		t.Errorf("metrics %v after a backup that ended at %v", values, at)
 	}
 
@@ -888,6 +910,14 @@ func (a *api) putStatus(u *unstructured.Unstructured, status string) *unstructur
 	return updated
 }
 
+// patch changes an object of the namespace.
+func (a *api) patch(kind, name, patch string) {
+	a.t.Helper()
+	if _, err := a.client.Resource(resources[kind]).Namespace(a.namespace).Patch(a.t.Context(), name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
 // told lists the Events on the Clusters of the namespace, as TYPE REASON.
 func (a *api) told() (told []string) {
 	a.t.Helper()
@@ -1037,6 +1067,23 @@ func TestAPIMaintenance(t *testing.T) {
 	}
 	equal(t, "Backups", left(), slices.DeleteFunc(slices.Clone(all), func(n string) bool { return n == "here-gone" || n == "original-there" }))
 
+	// WAL that is missing behind the first segment, 3, of the backup
+	server.write(t, bucket, store.walPrefix("000000010000000000000006"), nil)
+	mustWrite(t, filepath.Join(r.pgdata, "pg_wal", "archive_status", "000000010000000000000004.ready"), "")
+	if err := maintain("main-1", true); err != nil {
+		t.Fatal(err)
+	}
+	st := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.Servers["main"]
+	if st.MissingWAL != 1 || !slices.Equal(st.WALGaps, []string{"000000010000000000000005"}) || a.conditions("main")[conditionWAL] != "False WALGap" {
+		t.Errorf("gaps %q, %d segments, conditions %q", st.WALGaps, st.MissingWAL, a.conditions("main"))
+	}
+	equal(t, "Events", a.told(), []string{"Warning WALGap"})
+	server.write(t, bucket, store.walPrefix("000000010000000000000005"), nil)
+	if err := maintain("main-1", true); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, "Events", a.told(), []string{"Normal WALComplete", "Warning WALGap"})
+
 	// a failure is told once, and once that it is over
 	keys := a.read("Secret", a.namespace, "store-a-keys")
 	a.remove("Secret", a.namespace, "store-a-keys")
@@ -1044,7 +1091,7 @@ func TestAPIMaintenance(t *testing.T) {
 	for range 2 {
 		mustSay(t, maintain("main-1", true), errNoObject, "Secret "+a.namespace+"/store-a-keys")
 	}
-	equal(t, "Events", a.told(), []string{"Warning RetentionPolicyFailed"})
+	equal(t, "Events", a.told(), []string{"Normal WALComplete", "Warning RetentionPolicyFailed", "Warning WALGap"})
 	if got := a.conditions("main"); got[conditionRetention] != "False RetentionPolicyFailed" {
 		t.Errorf("conditions %q", got)
 	}
@@ -1055,14 +1102,154 @@ func TestAPIMaintenance(t *testing.T) {
 		return err == nil && meta.IsStatusConditionFalse(st.Servers["main"].Conditions, conditionRetention)
 	})
 	maintain("main-1", true)
-	equal(t, "Events", a.told(), []string{"Warning RetentionPolicyFailed"})
+	equal(t, "Events", a.told(), []string{"Normal WALComplete", "Warning RetentionPolicyFailed", "Warning WALGap"})
 	keys.SetResourceVersion("")
 	a.create(keys)
 	waitFor(t, "the sidecar to see it", func() bool { return second(kube.Store(t.Context(), ref)) == nil })
 	if err := maintain("main-1", true); err != nil {
 		t.Fatal(err)
 	}
-	equal(t, "Events", a.told(), []string{"Normal RetentionApplied", "Warning RetentionPolicyFailed"})
+	equal(t, "Events", a.told(), []string{"Normal RetentionApplied", "Normal WALComplete", "Warning RetentionPolicyFailed", "Warning WALGap"})
+}
+
+// What is wrong with an archive is on the Cluster, as an Event, and in the status of the
+// ObjectStore: once for each transition, in words that name the object to mend.
+func TestAPISaysWhatIsWrong(t *testing.T) {
+	a := testAPI(t)
+	server, bucket := testS3(t), newBucket(t)
+	r, kube := a.maintained(server, bucket)
+	w := testWALService(t, kube, "main-1", r.pgdata)
+	w.report = r
+	definition := []byte(strings.Replace(mainCluster, `"store"`, `"store-a"`, 1))
+	n := uint64(100)
+	archive := func() error {
+		n++
+		_, err := w.Archive(t.Context(), &wal.WALArchiveRequest{ClusterDefinition: definition, SourceFileName: writeWAL(t, segmentName(1, n, mib), segment(segmentName(1, n, mib), mib, 7, 1))})
+		return err
+	}
+	tell := func() {
+		t.Helper()
+		if err := r.tell(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	var events []string
+	expect := func(what, server, condition, state, message string, more ...string) {
+		t.Helper()
+		for range 2 { // level-triggered: the second time there is nothing to do
+			tell()
+		}
+		waitFor(t, "the status to come back to the sidecar", func() bool {
+			st, err := kube.Status(t.Context(), "store-a")
+			c := meta.FindStatusCondition(st.Servers[server].Conditions, condition)
+			return err == nil && c != nil && string(c.Status)+" "+c.Reason == state
+		})
+		st := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.Servers[server]
+		if c := meta.FindStatusCondition(st.Conditions, condition); !strings.Contains(c.Message, message) {
+			t.Errorf("%s: condition %+v does not say %q", what, c, message)
+		}
+		if c := meta.FindStatusCondition(st.Conditions, condition); c.Status == metav1.ConditionFalse && (st.LastFailure == nil || st.LastFailure.Reason != c.Reason) {
+			t.Errorf("%s: last failure %+v", what, st.LastFailure)
+		}
+		events = append(events, more...)
+		slices.Sort(events)
+		if told := a.told(); !slices.Equal(told, events) {
+			t.Errorf("%s: Events %q, not %q", what, told, events)
+		}
+	}
+	store := func(path, value string) {
+		t.Helper()
+		a.patch("ObjectStore", "store-a", fmt.Sprintf(`{"spec":{"configuration":{"%s":"%s"}}}`, path, value))
+	}
+	failing := func(what string, kind codes.Code) {
+		t.Helper()
+		waitFor(t, what, func() bool { return status.Code(archive()) == kind })
+	}
+
+	if err := archive(); err != nil {
+		t.Fatal(err)
+	}
+	expect("all is well", "main", conditionArchiving, "True Succeeded", "")
+	if st := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.Servers["main"]; st.LastArchivedWAL != segmentName(1, n, mib) || st.LastArchivedTime == nil || st.LastFailure != nil {
+		t.Errorf("status %+v", st)
+	}
+	before := a.read("ObjectStore", a.namespace, "store-a").GetResourceVersion()
+	for range 20 {
+		if err := archive(); err != nil {
+			t.Fatal(err)
+		}
+		tell()
+	}
+	if a.read("ObjectStore", a.namespace, "store-a").GetResourceVersion() != before {
+		t.Error("a segment wrote the status")
+	}
+
+	a.patch("Secret", "store-a-keys", `{"stringData":{"ACCESS_SECRET_KEY":"wrong"}}`)
+	failing("wrong keys", codes.PermissionDenied)
+	expect("wrong keys", "main", conditionArchiving, "False AccessDenied", "Secret store-a-keys", "Warning AccessDenied")
+	a.patch("Secret", "store-a-keys", `{"stringData":{"ACCESS_SECRET_KEY":null},"data":{"ACCESS_SECRET_KEY":null}}`)
+	failing("a missing key", codes.FailedPrecondition)
+	expect("a missing key", "main", conditionArchiving, "False ObjectNotFound", "missing key ACCESS_SECRET_KEY, inside secret store-a-keys", "Warning ObjectNotFound")
+	a.patch("Secret", "store-a-keys", fmt.Sprintf(`{"stringData":{"ACCESS_SECRET_KEY":"%s"}}`, server.SecretKey))
+	failing("the keys", codes.OK)
+	expect("the keys", "main", conditionArchiving, "True Succeeded", "", "Normal Archiving")
+	store("destinationPath", "s3://no-such-bucket")
+	failing("a missing bucket", codes.FailedPrecondition)
+	expect("a missing bucket", "main", conditionArchiving, "False BucketNotFound", `bucket "no-such-bucket" does not exist`, "Warning BucketNotFound")
+	store("destinationPath", "s3://"+bucket)
+	failing("the bucket", codes.OK)
+	expect("the bucket", "main", conditionArchiving, "True Succeeded", "", "Normal Archiving")
+	tls := testS3TLS(t)
+	store("endpointURL", tls.Endpoint)
+	waitFor(t, "a certificate of an unknown CA", func() bool { return strings.Contains(fmt.Sprint(archive()), "endpointCA") })
+	expect("a certificate of an unknown CA", "main", conditionArchiving, "False CertificateNotTrusted", "endpointCA of ObjectStore "+a.namespace+"/store-a", "Warning CertificateNotTrusted")
+	store("endpointURL", "http://127.0.0.1:1")
+	failing("no server", codes.Unavailable)
+	tell()
+	if told := a.told(); !slices.Equal(told, events) {
+		t.Errorf("a failure that may pass is told at once: %q", told)
+	}
+	r.findings[findingKey{StoreRef{"store-a", "main"}, conditionArchiving}].since = time.Now().Add(-passingPatience)
+	expect("no server, and it does not pass", "main", conditionArchiving, "False StoreUnreachable", "is http://127.0.0.1:1 reachable", "Warning StoreUnreachable")
+	store("endpointURL", server.Endpoint)
+	failing("the server", codes.OK)
+	expect("the server", "main", conditionArchiving, "True Succeeded", "", "Normal Archiving")
+
+	// Somebody else's archive: the status under that server name is somebody else's too.
+	server.write(t, bucket, "theirs/wals/0000000100000000/000000010000000000000001", nil)
+	definition = []byte(strings.Replace(string(definition), `"store-a"`, `"store-a","serverName":"theirs"`, 1))
+	mustWrite(t, filepath.Join(r.pgdata, emptyArchiveMarker), "")
+	failing("the archive of another cluster", codes.FailedPrecondition)
+	expect("the archive of another cluster", "main", conditionArchiving, "False ArchiveNotEmpty", "s3://"+bucket+"/theirs/wals/", "Warning ArchiveNotEmpty")
+	if st := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.Servers; len(st) != 1 {
+		t.Errorf("the status of another cluster was written: %+v", st)
+	}
+
+	// A restore that fails: its Pod is gone in a moment.
+	restore := func(spec string) {
+		t.Helper()
+		service := &restoreJobService{source: kube, pgdata: filepath.Join(testDir(t), "pgdata"), report: r}
+		if _, err := service.Restore(t.Context(), &restorejob.RestoreRequest{ClusterDefinition: []byte(fmt.Sprintf(`{"metadata":{"name":"main"},"spec":{"bootstrap":{"recovery":{"source":"origin"}},
+			"externalClusters":[{"name":"origin","plugin":{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store-a","serverName":"theirs"}}}]%s}}`, spec))}); err == nil {
+			t.Error("restored from nothing")
+		}
+	}
+	restore("")
+	expect("no backup", "main", conditionRestored, "False RestoreFailed", "no target backup found", "Warning RestoreFailed")
+	restore(`,"plugins":[{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store-a","serverName":"theirs"}}]`)
+	expect("into its own source", "main", conditionRestored, "False ArchiveNotEmpty", "the very place that it is restored from", "Warning ArchiveNotEmpty")
+
+	// Damaged pages do not fail a backup, and are not a secret either.
+	service := &backupService{source: kube, instance: "main-1", report: r}
+	info := &BackupInfo{ID: "20260101T100000", BadPageCount: 2, BadPages: []string{"base/5/16384:7", "base/5/16384:8"}}
+	service.record(t.Context(), StoreRef{"store-a", "main"}, info, nil)
+	expect("damaged pages", "main", conditionPages, "False BadPages", "base/5/16384:7 base/5/16384:8", "Warning BadPages")
+	service.record(t.Context(), StoreRef{"store-a", "main"}, nil, errServer)
+	expect("a backup that failed", "main", conditionBackup, "False BackupFailed", "PostgreSQL", "Warning BackupFailed")
+	st := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status
+	if b := st.Servers["main"].LastBackup; b == nil || b.ID != info.ID || b.BadPages != 2 || b.Instance != "main-1" || st.ServerRecoveryWindow["main"].LastFailedBackupTime == nil {
+		t.Errorf("status %+v", st)
+	}
 }
 
 // ---------------------------------------------------------------------------

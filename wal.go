@@ -5,6 +5,8 @@ package main
 
 import (
 	"bufio"
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -15,6 +17,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math"
 	"os"
 	"path"
@@ -539,6 +542,142 @@ func explainDifference(name walName, stored []byte, f *os.File) string {
 		}
 	}
 	return "Two clusters with the same origin write to the same place. " + cure
+}
+
+// ---------------------------------------------------------------------------
+// What the archive has
+// ---------------------------------------------------------------------------
+
+// timelineWAL is the WAL of one timeline from the first segment that a backup needs.
+type timelineWAL struct {
+	Timeline uint32   `json:"timeline"`
+	First    string   `json:"first"`
+	Last     string   `json:"last"`
+	Segments int      `json:"segments"`
+	Missing  int      `json:"missing"`
+	Gaps     []string `json:"gaps,omitempty"` // FIRST to LAST, the first maxGaps of them
+
+	next, size uint64
+	lastGap    [2]uint64
+}
+
+// maxGaps bounds the list of gaps of one timeline.
+const maxGaps = 20
+
+// skip notes that the segments from t.next up to but not including n are not there. That
+// the first of them are absent may be no gap.
+func (t *timelineWAL) skip(n uint64, absent []string) {
+	for t.next < n && slices.Contains(absent, segmentName(t.Timeline, t.next, int64(t.size))) {
+		t.next++
+	}
+	if n <= t.next {
+		return
+	}
+	t.Missing += int(n - t.next)
+	t.lastGap = [2]uint64{t.next, n}
+	if len(t.Gaps) < maxGaps {
+		name := func(n uint64) string { return segmentName(t.Timeline, n, int64(t.size)) }
+		gap := name(t.next)
+		if n-t.next > 1 {
+			gap += fmt.Sprintf(" to %s (%d segments)", name(n-1), n-t.next)
+		}
+		t.Gaps = append(t.Gaps, gap)
+	}
+	t.next = n
+}
+
+// walCoverage says which WAL there is for the backups that are done, by timeline: from the
+// oldest segment that one of them needs, across the switches to other timelines. Memory
+// does not grow with the number of segments: the listing comes in the order of the names,
+// a timeline's history before its segments. absent are segments whose absence is no gap.
+func walCoverage(ctx context.Context, s *Store, catalog *Catalog, absent ...string) ([]*timelineWAL, error) {
+	needed := map[uint32]uint64{} // by timeline, the first segment
+	var size uint64
+	for _, b := range slices.Backward(catalog.Backups) {
+		w, err := parseWALName(b.BeginWAL)
+		if !b.Done() || err != nil || !validSegmentSize(b.WALSegmentSize) {
+			continue
+		}
+		if size = cmp.Or(size, uint64(b.WALSegmentSize)); size == uint64(b.WALSegmentSize) { // else of another life
+			n, known := needed[w.Timeline]
+			if number := w.number(int64(size)); !known || number < n {
+				needed[w.Timeline] = number
+			}
+		}
+		absent = append(absent, b.WALInBackup...)
+	}
+	if size == 0 {
+		return nil, nil
+	}
+	timelines := map[uint32]*timelineWAL{}
+	timeline := func(t uint32) *timelineWAL {
+		if timelines[t] == nil {
+			timelines[t] = &timelineWAL{Timeline: t, next: needed[t], size: size}
+		}
+		return timelines[t]
+	}
+	for o, err := range s.List(ctx, s.key("wals/")) {
+		if err != nil {
+			return nil, err
+		}
+		base, c := splitSuffix(path.Base(o.Key))
+		w, err := parseWALName(base)
+		from, isNeeded := needed[w.Timeline]
+		switch {
+		case err != nil:
+		case w.Kind == walHistory:
+			var content bytes.Buffer
+			if err := readWAL(ctx, s, walObject{object: o, Name: base, codec: c}, &content); err != nil {
+				return nil, err
+			}
+			history, err := parseTimelineHistory(content.Bytes())
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", s.URL(o.Key), err)
+			}
+			if len(history) == 0 {
+				continue
+			}
+			parent := history[len(history)-1]
+			at := segmentNumber(parent.At, int64(size)) // the first segment of the new timeline
+			if from, ok := needed[parent.Timeline]; ok && from <= at {
+				timeline(parent.Timeline).skip(at, absent)
+				if n, ok := needed[w.Timeline]; !ok || at < n {
+					needed[w.Timeline] = at
+				}
+			}
+		case w.Kind == walSegment && isNeeded && w.number(int64(size)) >= from:
+			t, n := timeline(w.Timeline), w.number(int64(size))
+			if n < t.next {
+				continue // another form of the same segment
+			}
+			t.skip(n, absent)
+			t.First, t.Last = cmp.Or(t.First, base), base
+			t.Segments++
+			t.next = n + 1
+		}
+	}
+	var found []*timelineWAL
+	for _, number := range slices.Sorted(maps.Keys(timelines)) {
+		t := timelines[number]
+		found = append(found, t)
+		// Segments are stored several at once: one may have been on its way while a later one was listed.
+		if from, to := t.lastGap[0], t.lastGap[1]; t.Missing > 0 && to-from <= 32 {
+			for n := from; n < to; n++ {
+				name := segmentName(number, n, int64(size))
+				objects, err := walObjects(ctx, s, name)
+				if err != nil {
+					return nil, err
+				}
+				if slices.ContainsFunc(objects, func(o walObject) bool { return o.Name == name }) {
+					t.Missing--
+				}
+			}
+			if t.Missing == 0 {
+				t.Gaps = nil
+			}
+		}
+	}
+	return found, nil
 }
 
 // ---------------------------------------------------------------------------
@@ -1283,8 +1422,9 @@ func (w *walService) Archive(ctx context.Context, r *wal.WALArchiveRequest) (*wa
 	if err != nil {
 		return nil, grpcError(fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err))
 	}
+	began := time.Now()
 	err = w.archive(ctx, cluster, *ref, r)
-	w.report.archived(cluster, *ref, filepath.Base(r.SourceFileName), err)
+	w.report.archived(cluster, *ref, r.SourceFileName, time.Since(began), err)
 	return &wal.WALArchiveResult{}, grpcError(err)
 }
 

@@ -1559,3 +1559,65 @@ func TestPrefetchSpoolTrouble(t *testing.T) {
 		}
 	}
 }
+
+// Coverage of an archive over three timelines, as PostgreSQL leaves them: a segment that the
+// new timeline begins with is on the old one at most a .partial.
+func TestWALCoverage(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	store := testStore(t, s, bucket, "main")
+	size := int64(16 << 20)
+	put := func(timeline uint32, from, to uint64, suffix string) {
+		for n := from; n <= to; n++ {
+			s.write(t, bucket, store.walPrefix(segmentName(timeline, n, size))+suffix, nil)
+		}
+	}
+	catalog := &Catalog{}
+	backup := func(begin string, inBackup ...string) {
+		b := aBackup("20260101T100000", 1, "10:00", "0/3000200")
+		b.BeginWAL, b.WALSegmentSize, b.WALInBackup = begin, size, inBackup
+		catalog.Backups = append(catalog.Backups, b)
+	}
+	expect := func(what string, absent []string, want ...string) {
+		t.Helper()
+		timelines, err := walCoverage(t.Context(), store, catalog, absent...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, w := range timelines {
+			got = append(got, fmt.Sprintf("%d: %s-%s %d %d %q", w.Timeline, w.First, w.Last, w.Segments, w.Missing, w.Gaps))
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s:\n got %q\nwant %q", what, got, want)
+		}
+	}
+	put(1, 1, 3, "") // before the backup, with a gap that does not matter
+	put(1, 6, 9, ".gz")
+	put(1, 7, 7, "") // two forms of one segment
+	s.write(t, bucket, store.walPrefix("000000010000000000000006")+".00000028.backup.gz", nil)
+	s.write(t, bucket, store.walPrefix("00000001000000000000000C")+".partial.gz", nil)
+	expect("no backup", nil)
+	backup("000000010000000000000006")
+	expect("whole", nil, `1: 000000010000000000000006-000000010000000000000009 4 0 []`)
+	put(1, 11, 11, ".gz")
+	expect("one is missing", nil, `1: 000000010000000000000006-00000001000000000000000B 5 1 ["00000001000000000000000A"]`)
+	expect("one is on its way", []string{"00000001000000000000000A"}, `1: 000000010000000000000006-00000001000000000000000B 5 0 []`)
+
+	// timeline 2 begins with segment 0xC: what is behind that on timeline 1 may be missing, what is before may not
+	put(1, 14, 15, "")
+	s.write(t, bucket, store.walPrefix("00000002.history"), []byte("1\t0/C000100\tno recovery target specified\n"))
+	put(2, 12, 13, ".zst")
+	put(2, 16, 16, "")
+	expect("two timelines", nil, `1: 000000010000000000000006-00000001000000000000000F 7 3 ["00000001000000000000000A" "00000001000000000000000C to 00000001000000000000000D (2 segments)"]`,
+		`2: 00000002000000000000000C-000000020000000000000010 3 2 ["00000002000000000000000E to 00000002000000000000000F (2 segments)"]`)
+	// timeline 3 left timeline 2 at 0x12, of which nothing came; it ends the other line
+	s.write(t, bucket, store.walPrefix("00000003.history")+".gz", gzipped([]byte("1\t0/C000100\tno recovery target specified\n2\t0/12000000\tno recovery target specified\n")))
+	put(3, 18, 18, "")
+	expect("three timelines", nil, `1: 000000010000000000000006-00000001000000000000000F 7 3 ["00000001000000000000000A" "00000001000000000000000C to 00000001000000000000000D (2 segments)"]`,
+		`2: 00000002000000000000000C-000000020000000000000010 3 3 ["00000002000000000000000E to 00000002000000000000000F (2 segments)" "000000020000000000000011"]`,
+		`3: 000000030000000000000012-000000030000000000000012 1 0 []`)
+	// only the newest backup: what comes before it does not matter, nor what it has itself
+	catalog.Backups = nil
+	backup("000000020000000000000010", "000000020000000000000011")
+	expect("a backup on timeline 2", nil, `2: 000000020000000000000010-000000020000000000000010 1 0 []`, `3: 000000030000000000000012-000000030000000000000012 1 0 []`)
+}
