@@ -626,21 +626,20 @@ func requiredSegments(begin, end LSN, timeline uint32, history []timelineSwitch,
 func (b *baseBackup) timelineHistory(ctx context.Context, timeline uint32) ([]timelineSwitch, error) {
 	name := fmt.Sprintf("%08X.history", timeline)
 	content, err := os.ReadFile(filepath.Join(b.pgdata, "pg_wal", name))
+	if err == nil {
+		return parseTimelineHistory(content)
+	}
+	var objects []walObject
 	if errors.Is(err, fs.ErrNotExist) {
-		var objects []walObject
-		if objects, err = walObjects(ctx, b.store, name); err == nil && len(objects) == 0 {
-			err = fmt.Errorf("%w: %s is neither in pg_wal nor in %s", errWALMissing, name, b.store.URL(b.store.walPrefix(name)))
-		}
-		if err == nil {
-			var text strings.Builder
-			err = readWAL(ctx, b.store, objects[0], &text)
-			content = []byte(text.String())
-		}
+		objects, err = walObjects(ctx, b.store, name, false)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("history of timeline %d, on which the backup ended: %w", timeline, err)
+	if err == nil && len(objects) > 0 {
+		return readHistory(ctx, b.store, objects[0])
 	}
-	return parseTimelineHistory(content)
+	if err == nil {
+		err = fmt.Errorf("%w: %s is neither in pg_wal nor in %s", errWALMissing, name, b.store.URL(b.store.walPrefix(name)))
+	}
+	return nil, fmt.Errorf("history of timeline %d, on which the backup ended: %w", timeline, err)
 }
 
 // waitForWAL waits until the archive has the files. On a standby whose archive lacks the
@@ -709,8 +708,7 @@ func (b *baseBackup) missingWAL(ctx context.Context, names []string) ([]string, 
 			if err != nil {
 				return nil, err
 			}
-			base, _ := splitSuffix(path.Base(o.Key))
-			present[base] = true
+			present[newWALObject(o).Name] = true
 		}
 		n := 0
 		for n < len(names) && present[names[n]] {

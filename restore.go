@@ -7,7 +7,6 @@ package main
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -361,9 +360,9 @@ func readHistories(ctx context.Context, s *Store, catalog *Catalog, goal *recove
 	}
 	histories, stored := timelineHistories{}, map[uint32]walObject{}
 	for _, o := range objects {
-		base, c := splitSuffix(path.Base(o.Key))
-		if w, err := parseWALName(base); err == nil && w.Kind == walHistory {
-			histories[w.Timeline], stored[w.Timeline] = nil, walObject{object: o, Name: base, codec: c}
+		o := newWALObject(o)
+		if w, err := parseWALName(o.Name); err == nil && w.Kind == walHistory {
+			histories[w.Timeline], stored[w.Timeline] = nil, o
 		}
 	}
 	wanted := slices.Collect(maps.Keys(stored))
@@ -379,13 +378,8 @@ func readHistories(ctx context.Context, s *Store, catalog *Catalog, goal *recove
 		if !ok || histories[t] != nil {
 			continue
 		}
-		var content bytes.Buffer
-		err := readWAL(ctx, s, o, &content)
-		if err == nil {
-			if histories[t], err = parseTimelineHistory(content.Bytes()); err != nil {
-				err = fmt.Errorf("%s: %w: %w", s.URL(o.Key), errDamaged, err)
-			}
-		}
+		var err error
+		histories[t], err = readHistory(ctx, s, o)
 		switch {
 		case goal == nil && errors.Is(err, errDamaged):
 			delete(histories, t)
@@ -486,7 +480,7 @@ func checkFirstWAL(ctx context.Context, s *Store, b *BackupInfo) error {
 		return nil
 	}
 	// A .partial will do: it is handed to PostgreSQL when there is no complete segment.
-	objects, err := walObjects(ctx, s, b.BeginWAL)
+	objects, err := walObjects(ctx, s, b.BeginWAL, true)
 	if err != nil {
 		return fmt.Errorf("check that the archive has the first WAL segment %s: %w", b.BeginWAL, err)
 	}
@@ -785,11 +779,10 @@ func (r *restorer) extract(ctx context.Context, a dataArchive) error {
 		return err
 	}
 	defer body.Close()
-	url := r.store.URL(a.Key)
 	if body.Size != a.Size {
-		return fmt.Errorf("%s: it has %d bytes, and had %d in the listing: somebody is writing to this backup", url, body.Size, a.Size)
+		return fmt.Errorf("%s: it has %d bytes, and had %d in the listing: somebody is writing to this backup", r.store.URL(a.Key), body.Size, a.Size)
 	}
-	return archiveError(url, r.unpack(a, progressReader{body, r.read}))
+	return r.store.judged(a.Key, r.unpack(a, progressReader{body, r.read}))
 }
 
 // unpack reads an archive from its first to its last byte: codec, tar, files.
@@ -822,22 +815,6 @@ func (r *restorer) unpack(a dataArchive, stored io.Reader) error {
 	// What follows is padding, but only at its very end can the codec check the stream.
 	_, err = io.CopyBuffer(io.Discard, struct{ io.Reader }{stream}, buffer)
 	return err
-}
-
-// archiveError says which archive an error is about; nil stays nil. One that is neither
-// of the transport nor of the local disk is a judgement on the archive.
-func archiveError(url string, err error) error {
-	var transport *storeError
-	var file *fs.PathError
-	var link *os.LinkError
-	switch {
-	case err == nil:
-		return nil
-	case errors.As(err, &transport), errors.As(err, &file), errors.As(err, &link), errors.Is(err, errDamaged),
-		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("%s: %w", url, err)
-	}
-	return fmt.Errorf("%s: %w: %w", url, errDamaged, err)
 }
 
 // progressReader counts what is read of an object.
@@ -1459,20 +1436,15 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 		if err != nil {
 			return nil, err
 		}
-		base, c := splitSuffix(path.Base(o.Key))
-		w, err := parseWALName(base)
-		object := walObject{object: o, Name: base, codec: c}
+		o := newWALObject(o)
+		w, err := parseWALName(o.Name)
 		switch {
 		case err != nil:
 		case w.Kind == walSegment:
-			stored[base] = append(stored[base], object)
-			newest[w.Timeline] = max(newest[w.Timeline], base)
+			stored[o.Name] = append(stored[o.Name], o)
+			newest[w.Timeline] = max(newest[w.Timeline], o.Name)
 		case w.Kind == walHistory:
-			var content bytes.Buffer
-			err := readWAL(ctx, v.store, object, &content)
-			if err == nil {
-				histories[w.Timeline], err = parseTimelineHistory(content.Bytes())
-			}
+			histories[w.Timeline], err = readHistory(ctx, v.store, o)
 			if err := v.problem(&v.WAL.Problems, err); err != nil {
 				return nil, err
 			}
@@ -1538,16 +1510,9 @@ func (v *verification) verifyWAL(ctx context.Context, o neededWAL) error {
 	if err != nil {
 		return err
 	}
-	var header [walLongHeaderSize]byte
-	counter := &countWriter{}
-	if err := readWAL(ctx, v.store, o.walObject, io.MultiWriter(counter, &headWriter{header[:0]})); err != nil {
-		return err
-	}
+	_, err = readSegment(ctx, v.store, o.walObject, name, io.Discard, o.systemID)
 	v.read.done.Add(o.Size)
-	if err := checkSegment(name, header[:], counter.n, o.systemID); err != nil {
-		return fmt.Errorf("%s: %w", v.store.URL(o.Key), err)
-	}
-	return nil
+	return err
 }
 
 // ---------------------------------------------------------------------------

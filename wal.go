@@ -153,28 +153,45 @@ func parseTimelineHistory(content []byte) ([]timelineSwitch, error) {
 	return history, nil
 }
 
-// walObjects lists the stored forms of one WAL file: the file itself under any
-// compression suffix and, for a segment, its .partial. The backup history files that
-// share a segment's prefix are left out.
-func walObjects(ctx context.Context, s *Store, name string) ([]walObject, error) {
-	var found []walObject
-	for o, err := range s.List(ctx, s.walPrefix(name)) {
-		if err != nil {
-			return nil, err
-		}
-		base, c := splitSuffix(path.Base(o.Key))
-		if base == name || base == name+".partial" {
-			found = append(found, walObject{object: o, Name: base, codec: c})
-		}
-	}
-	return found, nil
-}
-
 // walObject is an object of the WAL archive.
 type walObject struct {
 	object
 	Name  string // without compression suffix
 	codec *codec
+}
+
+func newWALObject(o object) walObject {
+	name, c := splitSuffix(path.Base(o.Key))
+	return walObject{object: o, Name: name, codec: c}
+}
+
+// walObjects lists the stored forms of one WAL file: the file itself under any compression
+// suffix and, if it is asked for, its .partial. The backup history files that share a
+// segment's prefix are left out.
+func walObjects(ctx context.Context, s *Store, name string, partial bool) ([]walObject, error) {
+	var found []walObject
+	for o, err := range s.List(ctx, s.walPrefix(name)) {
+		if err != nil {
+			return nil, err
+		}
+		if w := newWALObject(o); w.Name == name || partial && w.Name == name+".partial" {
+			found = append(found, w)
+		}
+	}
+	return found, nil
+}
+
+// readHistory reads a stored history file.
+func readHistory(ctx context.Context, s *Store, o walObject) ([]timelineSwitch, error) {
+	var content bytes.Buffer
+	if _, _, err := readWAL(ctx, s, o, &content); err != nil {
+		return nil, err
+	}
+	history, err := parseTimelineHistory(content.Bytes())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: %w", s.URL(o.Key), errDamaged, err)
+	}
+	return history, nil
 }
 
 // ---------------------------------------------------------------------------
@@ -335,19 +352,13 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	begun()
 	// What is there already is asked for while the file is being compressed.
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	type listing struct {
-		objects []walObject
-		err     error
+	var there []walObject
+	var listErr error
+	var listing sync.WaitGroup
+	defer func() { cancel(); listing.Wait() }()
+	if name.Kind != walPartial {
+		listing.Go(func() { there, listErr = walObjects(ctx, s, name.Name, false) })
 	}
-	listed := make(chan listing, 1)
-	go func() {
-		var l listing
-		if name.Kind != walPartial {
-			l.objects, l.err = walObjects(ctx, s, name.Name)
-		}
-		listed <- l
-	}()
 
 	o := putOptions{IfAbsent: name.Kind != walPartial, History: name.Kind == walHistory, PartSize: walSinglePart, Memory: walBuffers}
 	var sum string
@@ -374,13 +385,12 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		return fmt.Errorf("%s changed while it was being read", file)
 	}
 
-	l := <-listed
-	if l.err != nil {
-		return l.err
+	if listing.Wait(); listErr != nil {
+		return listErr
 	}
-	if name.Kind != walPartial && slices.ContainsFunc(l.objects, func(o walObject) bool { return o.Name == name.Name }) {
+	if len(there) > 0 {
 		w.Abort()
-		if err := sameContent(ctx, s, name, l.objects, f, sum); err != nil {
+		if err := sameContent(ctx, s, name, there, f, sum); err != nil {
 			return err
 		}
 		slog.Info("WAL file was in the archive already, with the same content", "walName", name.Name)
@@ -392,11 +402,11 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		}
 		// Somebody was faster, or the reply to a request of ours that succeeded was lost:
 		// what lies there now decides.
-		objects, listErr := walObjects(ctx, s, name.Name)
-		if listErr != nil || !slices.ContainsFunc(objects, func(o walObject) bool { return o.Name == name.Name }) {
+		there, listErr = walObjects(ctx, s, name.Name, false)
+		if listErr != nil || len(there) == 0 {
 			return err
 		}
-		if err := sameContent(ctx, s, name, objects, f, sum); err != nil {
+		if err := sameContent(ctx, s, name, there, f, sum); err != nil {
 			return err
 		}
 	}
@@ -466,18 +476,15 @@ func sumFile(f *os.File) (string, error) {
 // every form of it has the same uncompressed content, errDifferent when one has not.
 func sameContent(ctx context.Context, s *Store, name walName, objects []walObject, f *os.File, sum string) error {
 	for _, o := range objects {
-		if o.Name != name.Name {
-			continue
-		}
 		h, err := s.Head(ctx, o.Key)
 		if err != nil {
 			return err
 		}
 		theirs := h.Metadata[contentSum]
-		var header [walLongHeaderSize]byte
+		var header []byte
 		if theirs == "" || theirs != sum { // written by Barman, or a refusal that wants an explanation
 			stored := sha256.New()
-			if err := readWAL(ctx, s, o, io.MultiWriter(stored, &headWriter{header[:0]})); err != nil {
+			if header, _, err = readWAL(ctx, s, o, stored); err != nil {
 				if !errors.Is(err, errDamaged) {
 					return err
 				}
@@ -489,18 +496,10 @@ func sameContent(ctx context.Context, s *Store, name walName, objects []walObjec
 		}
 		if theirs != sum {
 			return fmt.Errorf("%w: %s has SHA-256 %s, %s has %s. %s", errDifferent, s.URL(o.Key), theirs, f.Name(), sum,
-				explainDifference(name, header[:], f))
+				explainDifference(name, header, f))
 		}
 	}
 	return nil
-}
-
-// headWriter keeps the first bytes of what is written, up to its capacity.
-type headWriter struct{ b []byte }
-
-func (h *headWriter) Write(p []byte) (int, error) {
-	h.b = append(h.b, p[:min(len(p), cap(h.b)-len(h.b))]...)
-	return len(p), nil
 }
 
 // checkSystem refuses to continue the archive of another database system. A major upgrade in
@@ -620,19 +619,15 @@ func walCoverage(ctx context.Context, s *Store, catalog *Catalog, absent ...stri
 		if err != nil {
 			return nil, err
 		}
-		base, c := splitSuffix(path.Base(o.Key))
-		w, err := parseWALName(base)
+		object := newWALObject(o)
+		w, err := parseWALName(object.Name)
 		from, isNeeded := needed[w.Timeline]
 		switch {
 		case err != nil:
 		case w.Kind == walHistory:
-			var content bytes.Buffer
-			if err := readWAL(ctx, s, walObject{object: o, Name: base, codec: c}, &content); err != nil {
-				return nil, err
-			}
-			history, err := parseTimelineHistory(content.Bytes())
+			history, err := readHistory(ctx, s, object)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", s.URL(o.Key), err)
+				return nil, err
 			}
 			if len(history) == 0 {
 				continue
@@ -651,7 +646,7 @@ func walCoverage(ctx context.Context, s *Store, catalog *Catalog, absent ...stri
 				continue // another form of the same segment
 			}
 			t.skip(n, absent)
-			t.First, t.Last = cmp.Or(t.First, base), base
+			t.First, t.Last = cmp.Or(t.First, w.Name), w.Name
 			t.Segments++
 			t.next = n + 1
 		}
@@ -664,11 +659,11 @@ func walCoverage(ctx context.Context, s *Store, catalog *Catalog, absent ...stri
 		if from, to := t.lastGap[0], t.lastGap[1]; t.Missing > 0 && to-from <= 32 {
 			for n := from; n < to; n++ {
 				name := segmentName(number, n, int64(size))
-				objects, err := walObjects(ctx, s, name)
+				objects, err := walObjects(ctx, s, name, false)
 				if err != nil {
 					return nil, err
 				}
-				if slices.ContainsFunc(objects, func(o walObject) bool { return o.Name == name }) {
+				if len(objects) > 0 {
 					t.Missing--
 				}
 			}
@@ -891,16 +886,16 @@ func checkEmptyArchive(ctx context.Context, s *Store, file string) error {
 		if err != nil {
 			return fmt.Errorf("check that the WAL archive is empty: %w", err)
 		}
-		base, c := splitSuffix(path.Base(o.Key))
-		if _, err := parseWALName(base); err != nil {
+		w := newWALObject(o)
+		if _, err := parseWALName(w.Name); err != nil {
 			continue // not a WAL file: no business of ours
 		}
-		if file == "" || base != filepath.Base(file) {
+		if file == "" || w.Name != filepath.Base(file) {
 			return fmt.Errorf("%w: %s is there. Another cluster has archived to %s: set a serverName (plugin parameter) that was not used before, "+
 				"or, if you are sure that this archive is to be continued, annotate the Cluster with %s=enabled",
 				errArchiveNotEmpty, s.URL(o.Key), s.URL(prefix), skipEmptyArchiveAnnotation)
 		}
-		own = append(own, walObject{object: o, Name: base, codec: c})
+		own = append(own, w)
 	}
 	if len(own) == 0 {
 		return nil
@@ -984,7 +979,7 @@ func patiently(ctx context.Context, file string, patience time.Duration, fetch f
 // size of the file.
 func fetchWAL(ctx context.Context, s *Store, name walName, destination string, systemID uint64, noPartial bool) (int64, error) {
 	start := time.Now()
-	objects, err := walObjects(ctx, s, name.Name)
+	objects, err := walObjects(ctx, s, name.Name, !noPartial)
 	if err != nil {
 		return 0, err
 	}
@@ -995,15 +990,16 @@ func fetchWAL(ctx context.Context, s *Store, name walName, destination string, s
 		}
 		return b.Modified.Compare(a.Modified)
 	})
-	if noPartial {
-		objects = slices.DeleteFunc(objects, func(o walObject) bool { return o.Name != name.Name })
-	}
 	var damaged []error
 	for _, o := range objects {
 		if len(damaged) > 0 && o.Name != objects[0].Name {
 			break // recovery would end where the .partial does, as if the segment had never been
 		}
-		size, err := fetchWALObject(ctx, s, o, name, destination, systemID)
+		var size int64
+		err := writeWhole(destination, func(f *os.File) (err error) {
+			size, err = readSegment(ctx, s, o, name, f, systemID)
+			return err
+		})
 		switch {
 		case err == nil:
 			slog.Info("Restored WAL file", "walName", name.Name, "object", s.URL(o.Key), "seconds", time.Since(start).Seconds())
@@ -1025,80 +1021,91 @@ func fetchWAL(ctx context.Context, s *Store, name walName, destination string, s
 // temporaryWAL begins the names of files that are being fetched.
 const temporaryWAL = ".cnpg-"
 
-// fetchWALObject fetches one stored form to a temporary file, judges it, and renames it.
-// The file is not synced: PostgreSQL does that itself when it keeps a restored segment
+// writeWhole makes a file, in place of one that is there, that appears complete or not at all.
+// It is not synced: PostgreSQL does that itself when it keeps a restored segment
 // (durable_rename in KeepFileRestoredFromArchive).
-func fetchWALObject(ctx context.Context, s *Store, o walObject, name walName, destination string, systemID uint64) (_ int64, err error) {
+func writeWhole(destination string, fill func(*os.File) error) error {
 	f, err := os.CreateTemp(filepath.Dir(destination), temporaryWAL+"*")
 	if err != nil {
-		return 0, err
+		return err
 	}
-	defer func() {
-		if f.Close(); err != nil {
-			os.Remove(f.Name())
-		}
-	}()
-	var header [walLongHeaderSize]byte
-	counter := &countWriter{}
-	if err := readWAL(ctx, s, o, io.MultiWriter(f, counter, &headWriter{header[:0]})); err != nil {
-		return 0, err
+	err = fill(f)
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
 	}
-	if name.Kind == walSegment {
-		if err := checkSegment(name, header[:], counter.n, systemID); err != nil {
-			return 0, fmt.Errorf("%s: %w", s.URL(o.Key), err)
-		}
+	if err == nil {
+		err = os.Rename(f.Name(), destination)
 	}
-	if err := f.Close(); err != nil {
-		return 0, err
+	if err != nil {
+		os.Remove(f.Name())
 	}
-	return counter.n, os.Rename(f.Name(), destination)
+	return err
 }
 
-type countWriter struct{ n int64 }
-
-func (c *countWriter) Write(p []byte) (int, error) { c.n += int64(len(p)); return len(p), nil }
+// readSegment reads a stored form of a WAL file, and judges it if it is to be a segment.
+func readSegment(ctx context.Context, s *Store, o walObject, name walName, w io.Writer, systemID uint64) (size int64, err error) {
+	header, size, err := readWAL(ctx, s, o, w)
+	if err == nil && name.Kind == walSegment {
+		if err = checkSegment(name, header, size, systemID); err != nil {
+			err = fmt.Errorf("%s: %w", s.URL(o.Key), err)
+		}
+	}
+	return size, err
+}
 
 // maxWALFile is the largest segment that PostgreSQL knows: more than that is no WAL file.
 const maxWALFile = 1 << 30
 
-// readWAL writes the uncompressed content of a stored WAL file to w. errDamaged means
-// that it cannot be decompressed, is too long, or does not have the checksum that it carries.
-func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) error {
+// readWAL writes the uncompressed content of a stored WAL file to w, and returns its first
+// bytes and its size. errDamaged means that it cannot be decompressed, is too long, or does
+// not have the checksum that it carries.
+func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []byte, size int64, err error) {
 	r, err := s.Get(ctx, o.Key)
 	if err != nil {
-		return err
+		return nil, 0, err
 	}
 	defer r.Close()
-	bad := func(err error) error {
-		// An error of the transport or of the local disk is no judgement on the object.
-		var transport *storeError
-		var local *fs.PathError
-		if errors.As(err, &transport) || errors.As(err, &local) || ctx.Err() != nil {
-			return err
-		}
-		return fmt.Errorf("%s: %w: %w", s.URL(o.Key), errDamaged, err)
-	}
+	defer func() { err = s.judged(o.Key, err) }()
 	z, err := o.codec.newReader(r)
 	if err != nil {
-		return bad(err)
+		return nil, 0, err
 	}
 	defer z.Close()
+	content := bufio.NewReader(io.LimitReader(z, maxWALFile+1))
+	first, _ := content.Peek(walLongHeaderSize) // less than that is told by Copy
+	header = slices.Clone(first)
 	summed := &sumWriter{w, sha256.New()}
 	pieces := bufio.NewWriterSize(summed, copyBufferSize) // large ones, worth another core
-	n, err := io.Copy(pieces, io.LimitReader(z, maxWALFile+1))
+	size, err = io.Copy(pieces, content)
 	if err == nil {
 		err = pieces.Flush()
 	}
 	switch {
 	case err != nil:
-		return bad(err)
-	case n > maxWALFile:
-		return bad(fmt.Errorf("more than %d bytes", maxWALFile))
+		return nil, 0, err
+	case size > maxWALFile:
+		return nil, 0, fmt.Errorf("more than %d bytes", maxWALFile)
 	}
 	if want := r.Metadata[contentSum]; want != "" && want != hex.EncodeToString(summed.sum.Sum(nil)) {
-		return bad(fmt.Errorf("its content does not have the SHA-256 %s that it was stored with", want))
+		return nil, 0, fmt.Errorf("its content does not have the SHA-256 %s that it was stored with", want)
 	}
-	return nil
+	return header, size, nil
+}
+
+// judged names an object in an error of its reading. One that is neither of the transport
+// nor of the local disk is a judgement on the object: it is errDamaged.
+func (s *Store) judged(key string, err error) error {
+	var transport *storeError
+	var file *fs.PathError
+	var link *os.LinkError
+	switch {
+	case err == nil || errors.As(err, &transport):
+		return err
+	case errors.As(err, &file), errors.As(err, &link), errors.Is(err, errDamaged),
+		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%s: %w", s.URL(key), err)
+	}
+	return fmt.Errorf("%s: %w: %w", s.URL(key), errDamaged, err)
 }
 
 // ---------------------------------------------------------------------------
@@ -1192,9 +1199,8 @@ func (p *prefetcher) take(ctx context.Context, s *Store, name, destination strin
 	return true
 }
 
-// moveFile renames a file, or copies it when the destination is on another volume. The
-// destination appears complete or not at all.
-func moveFile(from, to string) (err error) {
+// moveFile renames a file, or copies it when the destination is on another volume.
+func moveFile(from, to string) error {
 	if err := os.Rename(from, to); !errors.Is(err, unix.EXDEV) {
 		return err
 	}
@@ -1203,23 +1209,10 @@ func moveFile(from, to string) (err error) {
 		return err
 	}
 	defer in.Close()
-	out, err := os.CreateTemp(filepath.Dir(to), temporaryWAL+"*")
-	if err != nil {
+	return writeWhole(to, func(out *os.File) error {
+		_, err := io.Copy(out, in)
 		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(out.Name())
-		}
-	}()
-	_, err = io.Copy(out, in)
-	if closeErr := out.Close(); err == nil {
-		err = closeErr
-	}
-	if err != nil {
-		return err
-	}
-	return os.Rename(out.Name(), to)
+	})
 }
 
 // known says, without a request, what the last answers of the store imply for a WAL
