@@ -185,10 +185,7 @@ type baseBackup struct {
 
 func newBaseBackup(s *Store, o backupOptions, session *session, id string) (*baseBackup, error) {
 	conf := s.Config.Configuration.Data
-	b := &baseBackup{store: s, o: o, session: session, began: time.Now(), jobs: conf.Jobs}
-	if b.jobs < 1 {
-		b.jobs = defaultJobs
-	}
+	b := &baseBackup{store: s, o: o, session: session, began: time.Now(), jobs: s.jobs()}
 	var err error
 	if b.codec, err = codecByName(conf.Compression); err != nil {
 		return nil, err
@@ -1416,7 +1413,6 @@ func (b *baseBackup) addManifest(a *archive) error {
 	if err != nil {
 		return err
 	}
-	defer text.Close()
 	header := tar.Header{Name: manifestFile, Mode: 0o600, Uid: os.Getuid(), Gid: os.Getgid(), ModTime: b.info.EndTime, Size: m.size}
 	if err = a.tar.WriteHeader(&header); err == nil {
 		_, err = io.Copy(a.tar, text)
@@ -1443,7 +1439,7 @@ func newSpool() (s *spool, err error) {
 }
 
 // open ends the writing and reads from the beginning.
-func (s *spool) open() (io.ReadCloser, error) {
+func (s *spool) open() (io.Reader, error) {
 	if err := s.z.Close(); err != nil {
 		return nil, err
 	}

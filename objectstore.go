@@ -58,6 +58,7 @@ import (
 	"github.com/pierrec/lz4/v4"
 	"github.com/ulikunitz/xz"
 	_ "golang.org/x/crypto/x509roots/fallback" // the image has no CA bundle
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
@@ -660,6 +661,14 @@ func OpenStore(ctx context.Context, c StoreConfig) (*Store, error) {
 	return s, nil
 }
 
+const (
+	defaultJobs    = 2         // data.jobs where it is not set
+	copyBufferSize = 256 << 10 // per job
+)
+
+// jobs is how many archives of a backup are in flight at once.
+func (s *Store) jobs() int { return max(1, cmp.Or(s.Config.Configuration.Data.Jobs, defaultJobs)) }
+
 // anyArg returns the first value that one of the argument lists gives. How to reach the
 // store is one matter for all requests, whichever command's arguments it was put into.
 func anyArg[T comparable](s *Store, get func(*commandArgs) T) T {
@@ -995,24 +1004,22 @@ type object struct {
 // that memory stays flat at any number of objects.
 func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object, error] {
 	return func(yield func(object, error) bool) {
-		input := &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix}
-		for {
-			page, err := s.listPage(ctx, input)
+		for page, err := range s.pages(ctx, prefix, nil) {
 			if err != nil {
 				yield(object{}, err)
 				return
 			}
 			for _, o := range page.Contents {
-				if !yield(object{Key: *o.Key, Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)}, nil) {
+				if !yield(newObject(o), nil) {
 					return
 				}
 			}
-			if !aws.ToBool(page.IsTruncated) {
-				return
-			}
-			input.ContinuationToken = page.NextContinuationToken
 		}
 	}
+}
+
+func newObject(o s3types.Object) object {
+	return object{Key: *o.Key, Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)}
 }
 
 // ListDirectories returns the names directly under a prefix that ends in a slash.
@@ -1024,9 +1031,7 @@ func (s *Store) ListDirectories(ctx context.Context, prefix string) ([]string, e
 // listLevel returns what lies directly under a prefix that ends in a slash: the names of
 // the directories, and the objects.
 func (s *Store) listLevel(ctx context.Context, prefix string) (directories []string, objects []object, err error) {
-	input := &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: aws.String("/")}
-	for {
-		page, err := s.listPage(ctx, input)
+	for page, err := range s.pages(ctx, prefix, aws.String("/")) {
 		if err != nil {
 			return nil, nil, err
 		}
@@ -1034,23 +1039,43 @@ func (s *Store) listLevel(ctx context.Context, prefix string) (directories []str
 			directories = append(directories, strings.TrimSuffix(strings.TrimPrefix(*p.Prefix, prefix), "/"))
 		}
 		for _, o := range page.Contents {
-			objects = append(objects, object{Key: *o.Key, Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)})
+			objects = append(objects, newObject(o))
 		}
-		if !aws.ToBool(page.IsTruncated) {
-			return directories, objects, nil
+	}
+	return directories, objects, nil
+}
+
+// pages yields a listing page by page, up to the first error.
+func (s *Store) pages(ctx context.Context, prefix string, delimiter *string) iter.Seq2[*s3.ListObjectsV2Output, error] {
+	return func(yield func(*s3.ListObjectsV2Output, error) bool) {
+		input := &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: delimiter}
+		for more := true; more; {
+			request, cancel := context.WithTimeout(ctx, requestTimeout)
+			page, err := s.client.ListObjectsV2(request, input)
+			cancel()
+			if err = s.wrap("list", prefix, err); err == nil {
+				input.ContinuationToken, more = page.NextContinuationToken, aws.ToBool(page.IsTruncated)
+				if more && aws.ToString(page.NextContinuationToken) == "" {
+					err = fmt.Errorf("list %s: the server says that there is more, and not where it goes on", s.URL(prefix))
+				}
+			}
+			if !yield(page, err) || err != nil {
+				return
+			}
 		}
-		input.ContinuationToken = page.NextContinuationToken
 	}
 }
 
 // ServerTime is the clock of the store, as its answers carry it; zero when they do not.
 func (s *Store) ServerTime(ctx context.Context) (time.Time, error) {
-	page, err := s.listPage(ctx, &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: aws.String(s.key("")), MaxKeys: aws.Int32(1)})
-	if err != nil {
-		return time.Time{}, err
+	for page, err := range s.pages(ctx, s.key(""), aws.String("/")) {
+		if err != nil {
+			return time.Time{}, err
+		}
+		t, _ := awsmiddleware.GetServerTime(page.ResultMetadata)
+		return t, nil
 	}
-	t, _ := awsmiddleware.GetServerTime(page.ResultMetadata)
-	return t, nil
+	return time.Time{}, nil // there is always a page
 }
 
 // maxServerNames is how many directories ServerNames looks into.
@@ -1078,16 +1103,6 @@ func (s *Store) ServerNames(ctx context.Context) ([]string, error) {
 		}
 	}
 	return names, nil
-}
-
-func (s *Store) listPage(ctx context.Context, input *s3.ListObjectsV2Input) (*s3.ListObjectsV2Output, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	page, err := s.client.ListObjectsV2(ctx, input)
-	if err == nil && aws.ToBool(page.IsTruncated) && aws.ToString(page.NextContinuationToken) == "" {
-		return nil, fmt.Errorf("list %s: the server says that there is more, and not where it goes on", s.URL(*input.Prefix))
-	}
-	return page, s.wrap("list", *input.Prefix, err)
 }
 
 // head is what the store says of one object.
@@ -1345,12 +1360,12 @@ func (b *partBuffer) free() {
 
 // putOptions say how an object is written.
 type putOptions struct {
-	Metadata map[string]string
-	IfAbsent bool // refuse with errPrecondition if the key exists, where the server can tell
-	Data     bool // base backup rather than WAL: chooses encryption and arguments
-	History  bool // timeline history file: chooses the tags
-	PartSize int  // bytes; an object of at most this size is sent in one request
-	Workers  int  // parts in flight at once; at most Workers+1 parts are in memory
+	Metadata map[string]string // read when the upload begins: in Close, or with the second part
+	IfAbsent bool              // refuse with errPrecondition if the key exists, where the server can tell
+	Data     bool              // base backup rather than WAL: chooses encryption and arguments
+	History  bool              // timeline history file: chooses the tags
+	PartSize int               // bytes; an object of at most this size is sent in one request
+	Workers  int               // parts in flight at once; at most Workers+1 parts are in memory
 	Limiter  *rate.Limiter
 	Memory   *semaphore.Weighted // bytes that all writers with this budget share; nil: no limit but the parts
 }
@@ -1486,21 +1501,6 @@ func (w *objectWriter) throttle(n int) error {
 	return nil
 }
 
-// SetMetadata adds user metadata that is only known once the content has been written.
-// It must come before Close, and it is refused when the object has already outgrown one
-// part, since S3 takes metadata at the beginning of a multipart upload.
-func (w *objectWriter) SetMetadata(name, value string) error {
-	if w.uploadID != nil {
-		return fmt.Errorf("put %s: metadata after the beginning of a multipart upload", w.store.URL(w.key))
-	}
-	w.o.Metadata = maps.Clone(w.o.Metadata)
-	if w.o.Metadata == nil {
-		w.o.Metadata = map[string]string{}
-	}
-	w.o.Metadata[name] = value
-	return nil
-}
-
 // Close sends what is left. Success means that the server has acknowledged the whole
 // object; after any error nothing of it is left behind. errPrecondition means that
 // IfAbsent was asked for and the key exists.
@@ -1511,25 +1511,18 @@ func (w *objectWriter) Close() (err error) {
 		}
 		w.cancel(nil)
 	}()
-	condition := w.condition()
 	if w.uploadID == nil {
 		defer w.part.free()
 		if err := w.throttle(w.part.size); err != nil {
 			return err
 		}
-		for {
-			input := &s3.PutObjectInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, Tagging: w.store.tagging(w.o),
-				IfNoneMatch: condition, Body: io.NewSectionReader(w.part, 0, int64(w.part.size))}
-			input.ServerSideEncryption, input.SSEKMSKeyId = w.store.encryption(w.o.Data)
+		input := &s3.PutObjectInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, Tagging: w.store.tagging(w.o)}
+		input.ServerSideEncryption, input.SSEKMSKeyId = w.store.encryption(w.o.Data)
+		return w.conditionally(func(condition *string) error {
+			input.IfNoneMatch, input.Body = condition, io.NewSectionReader(w.part, 0, int64(w.part.size))
 			_, err := w.store.client.PutObject(w.ctx, input)
-			err = w.store.wrap("put", w.key, err)
-			if condition != nil && errors.Is(err, errUnsupported) {
-				w.store.noConditionalPut.Store(true)
-				condition = nil
-				continue
-			}
-			return err
-		}
+			return w.store.wrap("put", w.key, err)
+		})
 	}
 	if w.part.size > 0 {
 		if err := w.flush(); err != nil {
@@ -1540,34 +1533,33 @@ func (w *objectWriter) Close() (err error) {
 	if err := context.Cause(w.ctx); err != nil {
 		return err
 	}
-	for {
+	err = w.conditionally(func(condition *string) error {
 		_, err := w.store.client.CompleteMultipartUpload(w.ctx, &s3.CompleteMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key,
 			UploadId: w.uploadID, IfNoneMatch: condition, MultipartUpload: &s3types.CompletedMultipartUpload{Parts: w.parts}})
-		err = w.store.wrap("complete multipart upload of", w.key, err)
-		switch {
-		case condition != nil && errors.Is(err, errUnsupported):
-			w.store.noConditionalPut.Store(true)
-			condition = nil
-			continue
-		case errors.Is(err, errNotFound):
-			// "No such upload" after a lost reply: an attempt of ours may have completed it.
-			if h, headErr := w.store.Head(w.ctx, w.key); headErr == nil && h.Size == w.size && h.Metadata[contentSum] == w.o.Metadata[contentSum] {
-				err = nil
-			}
+		return w.store.wrap("complete multipart upload of", w.key, err)
+	})
+	if errors.Is(err, errNotFound) {
+		// "No such upload" after a lost reply: an attempt of ours may have completed it.
+		if h, headErr := w.store.Head(w.ctx, w.key); headErr == nil && h.Size == w.size && h.Metadata[contentSum] == w.o.Metadata[contentSum] {
+			err = nil
 		}
-		if err == nil {
-			w.uploadID = nil
-		}
-		return err
 	}
+	if err == nil {
+		w.uploadID = nil
+	}
+	return err
 }
 
-// condition is the If-None-Match header, or nil where it was not asked for or the server has none.
-func (w *objectWriter) condition() *string {
+// conditionally sends a request with If-None-Match where that was asked for, and without
+// it to a server that does not have it.
+func (w *objectWriter) conditionally(send func(condition *string) error) error {
 	if w.o.IfAbsent && !w.store.noConditionalPut.Load() {
-		return aws.String("*")
+		if err := send(aws.String("*")); !errors.Is(err, errUnsupported) {
+			return err
+		}
+		w.store.noConditionalPut.Store(true)
 	}
-	return nil
+	return send(nil)
 }
 
 // Abort ends the upload and removes its parts from the server, also when the context of
@@ -1779,7 +1771,7 @@ func sumOf(content []byte) string {
 type codec struct {
 	name, suffix string
 	newWriter    func(w io.Writer, level int) (io.WriteCloser, error)
-	newReader    func(r io.Reader) (io.ReadCloser, error)
+	newReader    func(r io.Reader) (io.Reader, error) // without goroutines: it needs no Close
 	// low, medium and high are what Barman's --compression-level words mean here: not its
 	// numbers, since other implementations stand behind them, but much the same sizes. On
 	// the WAL of pgbench, medium is within 7 % of the size that Barman's default reaches.
@@ -1800,7 +1792,7 @@ const (
 var codecs = []*codec{
 	{name: "", suffix: "",
 		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) { return nopWriteCloser{w}, nil },
-		newReader: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(r), nil }},
+		newReader: func(r io.Reader) (io.Reader, error) { return r, nil }},
 	{name: "gzip", suffix: ".gz", low: 1, medium: 5, high: 9, alone: true,
 		// One member, whose blocks are compressed in parallel: Barman cannot read several (FORMAT section 4).
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
@@ -1810,12 +1802,12 @@ var codecs = []*codec{
 			}
 			return gzipWriter{z}, err
 		},
-		newReader: func(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) }},
+		newReader: func(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) }},
 	{name: "bzip2", suffix: ".bz2", low: 1, medium: 5, high: 9, alone: true,
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			return bzip2w.NewWriter(w, &bzip2w.WriterConfig{Level: level})
 		},
-		newReader: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(bzip2.NewReader(r)), nil }},
+		newReader: func(r io.Reader) (io.Reader, error) { return bzip2.NewReader(r), nil }},
 	{name: "lz4", suffix: ".lz4", low: 0, medium: 0, high: 9,
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			if level < 0 || level > 9 {
@@ -1828,30 +1820,21 @@ var codecs = []*codec{
 			z := lz4.NewWriter(w)
 			return z, z.Apply(lz4.CompressionLevelOption(compression), lz4.BlockSizeOption(lz4.Block256Kb), lz4.ConcurrencyOption(1))
 		},
-		newReader: func(r io.Reader) (io.ReadCloser, error) { return io.NopCloser(lz4.NewReader(r)), nil }},
+		newReader: func(r io.Reader) (io.Reader, error) { return lz4.NewReader(r), nil }},
 	{name: "snappy", suffix: ".snappy", // the framing format; it has no levels
 		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) {
 			return s2.NewWriter(w, s2.WriterSnappyCompat(), s2.WriterConcurrency(1)), nil
 		},
-		newReader: func(r io.Reader) (io.ReadCloser, error) {
-			return io.NopCloser(s2.NewReader(r, s2.ReaderMaxBlockSize(64<<10))), nil
-		}},
+		newReader: func(r io.Reader) (io.Reader, error) { return s2.NewReader(r, s2.ReaderMaxBlockSize(64<<10)), nil }},
 	{name: "xz", suffix: ".xz", low: 1, medium: 1, high: 1, alone: true, // the library has one level
 		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) {
 			return xz.WriterConfig{DictCap: xzDictionary}.NewWriter(w)
 		},
-		newReader: func(r io.Reader) (io.ReadCloser, error) {
-			z, err := xz.NewReader(r)
-			return io.NopCloser(z), err
-		}},
+		newReader: func(r io.Reader) (io.Reader, error) { return xz.NewReader(r) }},
 	{name: "zstd", suffix: ".zst", low: 1, medium: 4, high: 19,
 		newWriter: newZstdWriter,
-		newReader: func(r io.Reader) (io.ReadCloser, error) {
-			z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(zstdMaxWindow))
-			if err != nil {
-				return nil, err
-			}
-			return z.IOReadCloser(), nil
+		newReader: func(r io.Reader) (io.Reader, error) {
+			return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(zstdMaxWindow))
 		}},
 }
 
@@ -2246,14 +2229,10 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 	ids = slices.DeleteFunc(ids, func(id string) bool { return !backupIDForm.MatchString(id) })
 	slices.Sort(ids)
 	infos, errs := make([]*BackupInfo, len(ids)), make([]error, len(ids))
-	slots := make(chan struct{}, catalogReaders)
-	var readers sync.WaitGroup
+	var readers errgroup.Group
+	readers.SetLimit(catalogReaders)
 	for i, id := range ids {
-		slots <- struct{}{}
-		readers.Go(func() {
-			infos[i], errs[i] = s.ReadBackupInfo(ctx, id)
-			<-slots
-		})
+		readers.Go(func() error { infos[i], errs[i] = s.ReadBackupInfo(ctx, id); return nil })
 	}
 	readers.Wait()
 	c := &Catalog{Unreadable: map[string]error{}}

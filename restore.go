@@ -504,10 +504,6 @@ type restoreOptions struct {
 }
 
 const (
-	defaultJobs    = 2         // data.jobs where it is not set
-	copyBufferSize = 256 << 10 // per job
-
-	controlFile = "global/pg_control"
 	// stagedSuffix marks a file that is not yet what its name without it says. PostgreSQL
 	// does not start without pg_control, and pg_control is the last to lose the suffix.
 	stagedSuffix = ".restoring"
@@ -541,7 +537,7 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 	if err := r.open(); err != nil {
 		return fail(err)
 	}
-	err = r.extractAll(ctx, archives, max(1, cmp.Or(o.Jobs, s.Config.Configuration.Data.Jobs, defaultJobs)))
+	err = r.extractAll(ctx, archives, max(1, cmp.Or(o.Jobs, s.jobs())))
 	if err == nil {
 		_, err = r.sums.check(b.BeginLSN)
 	}
@@ -791,7 +787,6 @@ func (r *restorer) unpack(a dataArchive, stored io.Reader) error {
 	if err != nil {
 		return err
 	}
-	defer z.Close()
 	stream := &endReader{r: z}
 	archive := tar.NewReader(stream)
 	buffer := make([]byte, copyBufferSize)
@@ -1122,7 +1117,6 @@ func (s *fileSums) check(begin string) (checked bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	defer text.Close()
 	slices.SortFunc(s.files, func(a, b [2]uint64) int { return cmp.Compare(a[0], b[0]) })
 	var differences []string
 	different, intact := 0, false
@@ -1387,7 +1381,7 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 		}
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(max(1, s.Config.Configuration.WAL.MaxParallel, defaultJobs))
+	g.SetLimit(max(s.Config.Configuration.WAL.MaxParallel, defaultJobs))
 	for _, o := range wal {
 		g.Go(func() error { return v.problem(&v.WAL.Problems, v.verifyWAL(ctx, o)) })
 	}
@@ -1400,7 +1394,7 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 func (v *verification) verifyBackup(ctx context.Context, b *verifiedBackup) error {
 	r := &restorer{store: v.store, backup: b.info, read: v.read}
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(max(1, cmp.Or(v.store.Config.Configuration.Data.Jobs, defaultJobs)))
+	g.SetLimit(v.store.jobs())
 	for _, a := range b.archives {
 		g.Go(func() error {
 			if ctx.Err() != nil {

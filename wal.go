@@ -260,10 +260,12 @@ func checkSegment(name walName, header []byte, size int64, systemID uint64) erro
 	return nil
 }
 
+const controlFile = "global/pg_control"
+
 // systemIdentifier reads the system identifier of a data directory: the first eight
 // bytes of global/pg_control, in every version. 0 when there is none yet.
 func systemIdentifier(pgdata string) uint64 {
-	f, err := os.Open(filepath.Join(pgdata, "global", "pg_control"))
+	f, err := os.Open(filepath.Join(pgdata, controlFile))
 	if err != nil {
 		return 0
 	}
@@ -360,13 +362,13 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		listing.Go(func() { there, listErr = walObjects(ctx, s, name.Name, false) })
 	}
 
-	o := putOptions{IfAbsent: name.Kind != walPartial, History: name.Kind == walHistory, PartSize: walSinglePart, Memory: walBuffers}
+	o := putOptions{IfAbsent: name.Kind != walPartial, History: name.Kind == walHistory, PartSize: walSinglePart, Memory: walBuffers, Metadata: map[string]string{}}
 	var sum string
 	if size > walSinglePut { // parts are sent before the end of the file is seen, and S3 wants metadata first
 		if sum, err = sumFile(f); err != nil {
 			return err
 		}
-		o.PartSize, o.Workers, o.Metadata = walPartSize, walWorkers, map[string]string{contentSum: sum}
+		o.PartSize, o.Workers, o.Metadata[contentSum] = walPartSize, walWorkers, sum
 	}
 	key := s.walPrefix(name.Name) + codec.suffix
 	w := s.NewWriter(ctx, key, o)
@@ -378,9 +380,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	}
 	if sum == "" {
 		sum = read
-		if err := w.SetMetadata(contentSum, sum); err != nil {
-			return err
-		}
+		o.Metadata[contentSum] = sum
 	} else if sum != read {
 		return fmt.Errorf("%s changed while it was being read", file)
 	}
@@ -1070,7 +1070,6 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 	if err != nil {
 		return nil, 0, err
 	}
-	defer z.Close()
 	content := bufio.NewReader(io.LimitReader(z, maxWALFile+1))
 	first, _ := content.Peek(walLongHeaderSize) // less than that is told by Copy
 	header = slices.Clone(first)

@@ -1101,7 +1101,6 @@ func TestCodecsAgainstTheirPrograms(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer z.Close()
 			if got, err := io.ReadAll(z); err != nil || !bytes.Equal(got, content) {
 				t.Errorf("two members of %s: %d bytes, %v", c.name, len(got), err)
 			}
