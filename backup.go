@@ -1480,11 +1480,7 @@ func (b *baseBackup) openArchive(ctx context.Context, tree string, first int64) 
 			a.number++
 		}
 	}
-	name := tree + ".tar"
-	if a.number > 0 {
-		name = fmt.Sprintf("%s_%04d.tar", tree, a.number)
-	}
-	a.key = b.store.baseKey(b.info.ID, name+b.codec.suffix)
+	a.key = b.store.baseKey(b.info.ID, archiveName(tree, a.number)+".tar"+b.codec.suffix)
 	args := &b.store.data
 	part := max(minPartSize, cmp.Or(args.MinChunkSize, backupPartSize), first/maxArchiveParts+1)
 	a.limit = min(cmp.Or(args.MaxArchiveSize, maxArchiveSize), maxArchiveParts*part)

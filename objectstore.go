@@ -982,6 +982,14 @@ func (s *Store) layoutKey(key string) (id, segment string) {
 	return "", ""
 }
 
+// archiveName is the name, without suffixes, of the n-th archive of a tree: data, data_0001, ..., or 16384, 16384_0001, ...
+func archiveName(tree string, n int) string {
+	if n == 0 {
+		return tree
+	}
+	return fmt.Sprintf("%s_%04d", tree, n)
+}
+
 // URL is how messages name an object.
 func (s *Store) URL(key string) string { return "s3://" + s.bucket + "/" + key }
 

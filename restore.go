@@ -92,25 +92,28 @@ func parseTarget(t *RecoveryTarget) (recoveryGoal, error) {
 		}
 		g.timeline = uint32(n)
 	}
-	if targets := namedTargets(t); len(targets) > 1 {
-		return g, fmt.Errorf("%w: PostgreSQL takes one of them, not %s together", errBadTarget, strings.Join(targets, " and "))
+	if ends := t.ends(); len(ends) > 1 {
+		return g, fmt.Errorf("%w: PostgreSQL takes one of them, not %s and %s together", errBadTarget, ends[0].field, ends[1].field)
 	}
 	return g, nil
 }
 
-// namedTargets lists the fields that say where recovery ends.
-func namedTargets(t *RecoveryTarget) []string {
-	var set []string
-	for name, given := range map[string]bool{
-		"targetTime": t.TargetTime != "", "targetLSN": t.TargetLSN != "", "targetXID": t.TargetXID != "",
-		"targetName": t.TargetName != "", "targetImmediate": t.TargetImmediate != nil && *t.TargetImmediate,
-	} {
-		if given {
-			set = append(set, name)
-		}
+// recoveryEnd is one of the fields that say where recovery ends, the setting it becomes, and what it says in words.
+type recoveryEnd struct{ field, setting, value, words string }
+
+// ends are those of the fields that are set.
+func (t *RecoveryTarget) ends() []recoveryEnd {
+	immediate := ""
+	if t.TargetImmediate != nil && *t.TargetImmediate {
+		immediate = "immediate"
 	}
-	slices.Sort(set)
-	return set
+	return slices.DeleteFunc([]recoveryEnd{
+		{"targetImmediate", "recovery_target", immediate, "the end of a backup"},
+		{"targetLSN", "recovery_target_lsn", t.TargetLSN, "LSN " + t.TargetLSN},
+		{"targetName", "recovery_target_name", t.TargetName, fmt.Sprintf("restore point %q", t.TargetName)},
+		{"targetTime", "recovery_target_time", t.TargetTime, "time " + t.TargetTime},
+		{"targetXID", "recovery_target_xid", t.TargetXID, "transaction " + t.TargetXID},
+	}, func(e recoveryEnd) bool { return e.value == "" })
 }
 
 // parseTargetTime reads a point in time as PostgreSQL prints it, or as RFC 3339. A time
@@ -289,21 +292,10 @@ func describeBackup(b *BackupInfo) string {
 
 // describeTarget says in words where recovery is to end.
 func describeTarget(t *RecoveryTarget) string {
-	if t == nil {
-		t = &RecoveryTarget{}
-	}
+	t = cmp.Or(t, &RecoveryTarget{})
 	text := "the end of the archive"
-	switch {
-	case t.TargetTime != "":
-		text = "time " + t.TargetTime
-	case t.TargetLSN != "":
-		text = "LSN " + t.TargetLSN
-	case t.TargetXID != "":
-		text = "transaction " + t.TargetXID
-	case t.TargetName != "":
-		text = fmt.Sprintf("restore point %q", t.TargetName)
-	case t.TargetImmediate != nil && *t.TargetImmediate:
-		text = "the end of a backup"
+	if ends := t.ends(); len(ends) > 0 {
+		text = ends[0].words
 	}
 	return text + " on timeline " + cmp.Or(t.TargetTLI, "latest")
 }
@@ -405,66 +397,59 @@ type dataArchive struct {
 }
 
 // dataArchiveForm is the name of a tar object; what follows .tar is the compression suffix.
-var dataArchiveForm = regexp.MustCompile(`^(data|[1-9]\d*)(?:_(\d{4,}))?\.tar(.*)$`)
+var dataArchiveForm = regexp.MustCompile(`^((?:data|[1-9]\d*)(?:_\d{4,})?)\.tar(.*)$`)
 
 // listArchives finds the tar objects of a backup and makes sure that the set is
 // complete: PGDATA and each tablespace of backup.info has its archives, numbered without gap.
 func listArchives(ctx context.Context, s *Store, b *BackupInfo) ([]dataArchive, error) {
-	var archives []dataArchive
+	found := map[string]dataArchive{}
 	prefix := s.baseKey(b.ID, "")
 	for o, err := range s.List(ctx, prefix) {
 		if err != nil {
 			return nil, err
 		}
-		file := strings.TrimPrefix(o.Key, prefix)
-		m := dataArchiveForm.FindStringSubmatch(file)
+		m := dataArchiveForm.FindStringSubmatch(strings.TrimPrefix(o.Key, prefix))
 		if m == nil {
 			continue // backup.info, annotations, or foreign
 		}
-		a := dataArchive{object: o, name: strings.TrimSuffix(file, ".tar"+m[3])}
-		if base, c := splitSuffix(file); base == a.name+".tar" {
-			a.codec = c
-		} else {
-			return nil, fmt.Errorf("%w: the compression %s of %s is not known", errNoRecoverable, m[3], s.URL(o.Key))
+		i := slices.IndexFunc(codecs, func(c *codec) bool { return c.suffix == m[2] })
+		if i < 0 {
+			return nil, fmt.Errorf("%w: the compression %s of %s is not known", errNoRecoverable, m[2], s.URL(o.Key))
 		}
-		if m[1] != "data" {
-			oid, err := strconv.ParseUint(m[1], 10, 32)
-			if err != nil {
-				return nil, fmt.Errorf("%w: %s is not named by the OID of a tablespace", errNoRecoverable, s.URL(o.Key))
-			}
-			a.oid = uint32(oid)
+		if other, ok := found[m[1]]; ok {
+			return nil, fmt.Errorf("%w: %s and %s are the same archive", errNoRecoverable, s.URL(other.Key), s.URL(o.Key))
 		}
-		if m[2] != "" {
-			if a.number, err = strconv.Atoi(m[2]); err != nil || a.number == 0 {
-				return nil, fmt.Errorf("%w: %s has a bad number", errNoRecoverable, s.URL(o.Key))
-			}
-		}
-		archives = append(archives, a)
+		found[m[1]] = dataArchive{object: o, name: m[1], codec: codecs[i]}
 	}
-	slices.SortFunc(archives, func(a, b dataArchive) int {
-		return cmp.Or(cmp.Compare(a.oid, b.oid), cmp.Compare(a.number, b.number))
-	})
-
-	expected := map[uint32]string{0: "data.tar"}
+	var archives []dataArchive
+	take := func(tree string, oid uint32, what string) error {
+		n := 0
+		for ; found[archiveName(tree, n)].codec != nil; n++ {
+			a := found[archiveName(tree, n)]
+			a.oid, a.number = oid, n
+			archives = append(archives, a)
+			delete(found, a.name)
+		}
+		for name, a := range found {
+			if strings.HasPrefix(name, tree+"_") {
+				return fmt.Errorf("%w: there is %s, but not number %d of its archives", errNoRecoverable, s.URL(a.Key), n)
+			}
+		}
+		if n == 0 {
+			return fmt.Errorf("%w: there is no %s at %s", errNoRecoverable, what, s.URL(prefix))
+		}
+		return nil
+	}
+	if err := take("data", 0, "data.tar"); err != nil {
+		return nil, err
+	}
 	for _, t := range b.Tablespaces {
-		expected[t.OID] = fmt.Sprintf("%d.tar (tablespace %q)", t.OID, t.Name)
-	}
-	count := map[uint32]int{}
-	for i, a := range archives {
-		switch {
-		case expected[a.oid] == "":
-			return nil, fmt.Errorf("%w: %s belongs to no tablespace of its backup.info", errNoRecoverable, s.URL(a.Key))
-		case a.number < count[a.oid]:
-			return nil, fmt.Errorf("%w: %s and %s are the same archive", errNoRecoverable, s.URL(archives[i-1].Key), s.URL(a.Key))
-		case a.number > count[a.oid]:
-			return nil, fmt.Errorf("%w: there is %s, but not number %d of its archives", errNoRecoverable, s.URL(a.Key), count[a.oid])
+		if err := take(fmt.Sprint(t.OID), t.OID, fmt.Sprintf("%d.tar (tablespace %q)", t.OID, t.Name)); err != nil {
+			return nil, err
 		}
-		count[a.oid]++
 	}
-	for _, oid := range slices.Sorted(maps.Keys(expected)) {
-		if count[oid] == 0 {
-			return nil, fmt.Errorf("%w: there is no %s at %s", errNoRecoverable, expected[oid], s.URL(prefix))
-		}
+	for _, a := range found {
+		return nil, fmt.Errorf("%w: %s belongs to no tablespace of its backup.info", errNoRecoverable, s.URL(a.Key))
 	}
 	return archives, nil
 }
@@ -863,26 +848,8 @@ func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer
 	if a.oid != 0 {
 		listed = fmt.Sprintf("pg_tblspc/%d/%s", a.oid, name)
 	}
-	if r.data == nil { // only to be verified
-		if h.Typeflag != tar.TypeReg {
-			return nil
-		}
-		summed, err := r.sums.reader(listed, content)
-		if err == nil {
-			_, err = io.CopyBuffer(io.Discard, struct{ io.Reader }{summed}, buffer)
-		}
-		if err == nil {
-			r.sums.add(listed, summed)
-		}
-		return err
-	}
 	t, name := r.route(a, name)
-	if t == nil {
-		return nil
-	}
-	mode := fs.FileMode(h.Mode)
-	switch h.Typeflag {
-	case tar.TypeReg:
+	if h.Typeflag == tar.TypeReg {
 		// The size that such a header tells is not bounded by the bytes that follow it.
 		for record := range h.PAXRecords {
 			if strings.HasPrefix(record, "GNU.sparse.") {
@@ -890,15 +857,24 @@ func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer
 			}
 		}
 		summed, err := r.sums.reader(listed, content)
-		if err == nil {
-			err = r.file(t, a, name, mode&maxFileMode|minFileMode, summed, buffer)
+		switch {
+		case err != nil:
+		case t == nil: // left out, or only to be verified
+			_, err = io.CopyBuffer(io.Discard, struct{ io.Reader }{summed}, buffer)
+		default:
+			err = r.file(t, a, name, fs.FileMode(h.Mode)&maxFileMode|minFileMode, summed, buffer)
 		}
 		if err == nil {
 			r.sums.add(listed, summed)
 		}
 		return err
+	}
+	if t == nil {
+		return nil
+	}
+	switch h.Typeflag {
 	case tar.TypeDir:
-		return t.directory(name, mode&maxDirMode|minDirMode)
+		return t.directory(name, fs.FileMode(h.Mode)&maxDirMode|minDirMode)
 	case tar.TypeSymlink:
 		if t == r.data && name == "pg_wal" {
 			return nil // the place of pg_wal is decided here
@@ -1533,35 +1509,23 @@ func writeRecoverySettings(dir string, target *RecoveryTarget, restoreCommand st
 	if err != nil {
 		return err
 	}
-	t := RecoveryTarget{}
-	if target != nil {
-		t = *target
-	}
+	t := cmp.Or(target, &RecoveryTarget{})
 	settings := [][2]string{{"restore_command", restoreCommand}, {"recovery_target_timeline", cmp.Or(t.TargetTLI, "latest")},
-		{"recovery_target_action", "promote"}, {"recovery_target_inclusive", "true"}}
-	if t.Exclusive != nil && *t.Exclusive {
-		settings[len(settings)-1][1] = "false"
-	}
+		{"recovery_target_action", "promote"}, {"recovery_target_inclusive", strconv.FormatBool(t.Exclusive == nil || !*t.Exclusive)}}
 	// PostgreSQL refuses to start with two targets, and one may have been left in the
 	// backup by an earlier recovery. The empty ones must come first: each assignment is
 	// checked against the target so far (guc hooks in xlogrecovery.c).
-	values := map[string]string{"xid": t.TargetXID, "name": t.TargetName}
-	if !goal.time.IsZero() {
-		values["time"] = goal.time.Format("2006-01-02 15:04:05.999999+00")
+	for _, none := range []string{"", "_time", "_lsn", "_xid", "_name"} {
+		settings = append(settings, [2]string{"recovery_target" + none, ""})
 	}
-	if goal.hasLSN {
-		values["lsn"] = goal.lsn.String()
-	}
-	suffix := ""
-	if t.TargetImmediate != nil && *t.TargetImmediate {
-		values[suffix] = "immediate"
-	}
-	names := []string{"", "_time", "_lsn", "_xid", "_name"}
-	slices.SortStableFunc(names, func(a, b string) int {
-		return cmp.Compare(len(values[strings.TrimPrefix(a, "_")]), len(values[strings.TrimPrefix(b, "_")]))
-	})
-	for _, name := range names {
-		settings = append(settings, [2]string{"recovery_target" + name, values[strings.TrimPrefix(name, "_")]})
+	for _, end := range t.ends() {
+		switch end.field {
+		case "targetTime":
+			end.value = goal.time.Format("2006-01-02 15:04:05.999999+00")
+		case "targetLSN":
+			end.value = goal.lsn.String()
+		}
+		settings = append(settings, [2]string{end.setting, end.value})
 	}
 	var text strings.Builder
 	fmt.Fprintf(&text, "\n# recovery to %s\n", strings.ReplaceAll(describeTarget(target), "\n", " "))
