@@ -774,6 +774,8 @@ var (
 	// temporaryRelation is a relation of one session: t<backend>_<filenode>, with fork and segment.
 	temporaryRelation = regexp.MustCompile(`^t\d+_\d+(_[a-z]+)?(\.\d+)?$`)
 	databaseDirectory = regexp.MustCompile(`(^|/)\d+$`)
+	// relationFork is a file of a relation: filenode, fork, segment.
+	relationFork = regexp.MustCompile(`^(\d+)(_[a-z]+)?(\.\d+)?$`)
 )
 
 // excluded says whether a name below the root is left out, with all that is below it.
@@ -788,6 +790,21 @@ func (t *tree) excluded(name string) bool {
 		return true
 	}
 	return false
+}
+
+// unlogged finds the relations of a directory that have an init fork. Of those nothing else
+// is stored: they are not in the WAL, and recovery makes them again from that fork.
+func (t *tree) unlogged(dir string) (relations map[string]bool, err error) {
+	relations = map[string]bool{}
+	if !databaseDirectory.MatchString(dir) {
+		return relations, nil
+	}
+	return relations, readDirectory(filepath.Join(t.root, dir), func(e fs.DirEntry) error {
+		if m := relationFork.FindStringSubmatch(e.Name()); m != nil && m[2] == "_init" {
+			relations[m[1]] = true
+		}
+		return nil
+	})
 }
 
 // contentsExcluded says whether a directory is stored empty.
@@ -882,10 +899,17 @@ func (t *tree) findFiles(ctx context.Context, files chan<- file) error {
 		if t.contentsExcluded(dir) {
 			continue
 		}
-		err := readDirectory(filepath.Join(t.root, dir), func(e fs.DirEntry) error {
+		unlogged, err := t.unlogged(dir)
+		if err != nil {
+			return err
+		}
+		err = readDirectory(filepath.Join(t.root, dir), func(e fs.DirEntry) error {
 			name := path.Join(dir, e.Name())
 			if !e.Type().IsRegular() && e.Type() != fs.ModeSymlink || t.excluded(name) {
 				return nil // sockets, pipes, directories
+			}
+			if m := relationFork.FindStringSubmatch(e.Name()); m != nil && unlogged[m[1]] && m[2] != "_init" {
+				return nil
 			}
 			if e.Type() == fs.ModeSymlink {
 				if info, err := os.Stat(filepath.Join(t.root, name)); dir == "pg_tblspc" || err == nil && info.IsDir() {

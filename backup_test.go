@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -336,6 +337,88 @@ func TestBackupTablespaces(t *testing.T) {
 	}
 }
 
+// Of an unlogged relation the backup has the init fork only, and of temporary ones nothing:
+// the restored server begins with an empty one, and keeps it so after a crash.
+func TestBackupLeavesOutUnlogged(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, s, bucket)
+	p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, file), Tablespaces: []string{"beside"}})
+	p.Exec(`CREATE TABLE kept AS SELECT n, 'x' AS x FROM generate_series(1, 1000) n;
+		CREATE UNLOGGED TABLE gone (n int PRIMARY KEY, x text); CREATE UNLOGGED TABLE spaced (n int) TABLESPACE beside;
+		INSERT INTO gone SELECT n, 'x' FROM generate_series(1, 1000) n; INSERT INTO spaced SELECT n FROM gone`)
+	p.Exec("VACUUM gone")
+	p.Exec("CHECKPOINT")
+	temporary := p.psql("CREATE TEMP TABLE session AS SELECT generate_series(1, 100000); SELECT pg_sleep(600)")
+	if err := temporary.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { temporary.Process.Kill(); temporary.Wait() })
+	waitFor(t, "a temporary relation", func() bool {
+		found, _ := filepath.Glob(filepath.Join(p.Dir, "base", "*", "t*_*"))
+		return len(found) > 0
+	})
+	foreign := filepath.Join(p.Dir, "base", p.Query("SELECT oid FROM pg_database WHERE datname = 'postgres'"), "foreign")
+	for _, dir := range []string{"/foreign", "/base/pgsql_tmp"} {
+		if err := os.MkdirAll(p.Dir+dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, p.Dir+dir+"/pgsql_tmp1.0", "temporary")
+		mustWrite(t, p.Dir+dir+"/16384", "foreign")
+	}
+	mustWrite(t, foreign, "foreign")
+	giveToPostgres(t, p.Dir)
+	store := testStoreFile(t, file, "main")
+	info := mustBackUp(t, store, p, backupOptions{})
+
+	stored := map[string]bool{}
+	for _, key := range s.keys(t, bucket, "main/base/"+info.ID+"/") {
+		if space, _, isTar := strings.Cut(path.Base(key), ".tar"); isTar {
+			for _, name := range tarNames(t, s, bucket, key) {
+				if space, _, _ = strings.Cut(space, "_"); space != "data" {
+					name = "pg_tblspc/" + space + "/" + name
+				}
+				stored[name] = true
+				if strings.Contains(name, "pgsql_tmp/") && !strings.HasSuffix(name, "/") || strings.Contains(name, "pgsql_tmp1") || temporaryRelation.MatchString(path.Base(name)) {
+					t.Errorf("%s is in the backup", name)
+				}
+			}
+		}
+	}
+	for _, relation := range []string{"gone", "gone_pkey", "spaced"} {
+		name := p.Query("SELECT pg_relation_filepath('" + relation + "')")
+		for _, fork := range []string{"", "_fsm", "_vm"} {
+			if stored[name+fork] {
+				t.Errorf("%s of the unlogged %s is in the backup", name+fork, relation)
+			}
+		}
+		if !stored[name+"_init"] {
+			t.Errorf("the init fork %s_init of %s is not in the backup", name, relation)
+		}
+	}
+	for _, name := range []string{p.Query("SELECT pg_relation_filepath('kept')"), "foreign/16384", strings.TrimPrefix(foreign, p.Dir+"/")} {
+		if !stored[name] {
+			t.Errorf("%s is not in the backup", name)
+		}
+	}
+	p.WaitArchived(p.SwitchWAL())
+	dir := testDir(t)
+	if r := runProgram(t, nil, "restore", "--objectstore", file, "--server-name", "main", "--tablespace", "beside:"+dir+"/beside", dir+"/pgdata"); r.Code != 0 {
+		t.Fatal(r.Stderr)
+	}
+	p.verifyBackup(dir+"/pgdata", "--ignore=postgresql.auto.conf", "--ignore=recovery.signal")
+	restored := startRestored(t, dir+"/pgdata")
+	const counts = "SELECT (SELECT count(*) FROM kept), (SELECT count(*) FROM gone), (SELECT count(*) FROM spaced)"
+	if got := restored.Query(counts); got != "1000|0|0" {
+		t.Errorf("rows in the restored tables: %s", got)
+	}
+	restored.Exec("INSERT INTO gone VALUES (1, 'new'); INSERT INTO spaced VALUES (1); INSERT INTO kept VALUES (1)")
+	restored.Stop("immediate")
+	restored.Start()
+	if got := restored.Query(counts); got != "1001|0|0" {
+		t.Errorf("rows after a crash of the restored server: %s", got)
+	}
+}
+
 // A damaged page is found, in the second file of a relation and in a tablespace too, and
 // told with file and block; it does not fail the backup. A busy server has none.
 func TestBackupFindsDamagedPages(t *testing.T) {
@@ -387,6 +470,9 @@ func TestBackupFindsDamagedPages(t *testing.T) {
 		if !log.has(text) {
 			t.Errorf("the log does not have %s", text)
 		}
+	}
+	if r := runProgram(t, nil, "verify", "--objectstore", file, "--server-name", "main", "--json", id); r.Code != 0 || !strings.Contains(r.Stdout, `"badPages": 3`) {
+		t.Errorf("verify: exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
 	}
 	list := runProgram(t, nil, "list", "--objectstore", file, "--server-name", "main", "-o", "json")
 	if !strings.Contains(list.Stdout, plain+":3") || !strings.Contains(list.Stdout, `"badPageCount": 3`) {
@@ -509,6 +595,35 @@ func TestBackupOfStandby(t *testing.T) {
 			}
 		case <-time.After(200 * time.Millisecond):
 		}
+	}
+}
+
+// A standby that is promoted in the middle of its backup fails it: whatever the backup has
+// then, DONE it is not.
+func TestBackupOfStandbyThatIsPromoted(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, s, bucket)
+	primary := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, file)})
+	primary.pgbenchTables(2)
+	standby := startPostgres(t, pgOptions{StandbyOf: primary, ArchiveCommand: archivingTo(t, file), Settings: []string{"wal_retrieve_retry_interval=100ms"}})
+	primary.SwitchWAL()
+	store := testStoreFile(t, file, "main")
+	store.data.MaxBandwidth = 8 << 20
+	failure := make(chan error)
+	go func() {
+		_, err := takeBackup(t.Context(), store, backupOptions{Connection: standby.connection(), FastCheckpoint: true})
+		failure <- err
+	}()
+	waitFor(t, "an upload to be on its way", func() bool { return len(s.uploads(t, bucket)) > 0 })
+	primary.Stop("immediate")
+	standby.Promote()
+	if err := <-failure; err == nil || !strings.Contains(err.Error(), "promoted during online backup") {
+		t.Errorf("the backup of a standby that was promoted meanwhile: %v", err)
+	}
+	assertFailed(t, s, bucket, store, standby, "promoted")
+	store.data.MaxBandwidth = 0
+	if info := mustBackUp(t, store, standby, backupOptions{}); info.Timeline != 2 {
+		t.Errorf("the backup after the promotion is on timeline %d", info.Timeline)
 	}
 }
 
@@ -771,7 +886,7 @@ func TestBackupOfServerThatStops(t *testing.T) {
 	}()
 	waitFor(t, "an upload to be on its way", func() bool { return len(s.uploads(t, bucket)) > 0 })
 	p.Restart()
-	if err := <-failure; !errors.Is(err, errServer) {
+	if err := <-failure; !errors.Is(err, errRefused) {
 		t.Errorf("the backup of a server that was restarted: %v", err)
 	}
 	assertFailed(t, s, bucket, store, p, "session")

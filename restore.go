@@ -1420,6 +1420,12 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 			}
 		}
 	}
+	// Without its history no recovery finds a timeline, and nothing here would miss its WAL.
+	for t := range newest {
+		if histories[t] == nil && slices.ContainsFunc(backups, func(b *verifiedBackup) bool { return t > timelineOf(b.info.EndWAL, b.info.Timeline) }) {
+			v.problem(&v.WAL.Problems, fmt.Errorf("%w: %08X.history, of a timeline that has segments", errWALMissing, t))
+		}
+	}
 	needed := map[string]uint64{} // to system identifiers
 	for _, b := range backups {
 		begin, beginErr := parseLSN(b.info.BeginLSN)

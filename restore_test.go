@@ -1319,22 +1319,35 @@ func TestRestorePointInTime(t *testing.T) {
 	}
 }
 
-// What verify says of an archive that is whole, and of each way in which it is not.
+// What verify says of an archive that is whole, and of each way in which it is not: of a
+// backup with a tablespace, and of WAL compressed and plain that goes on after a promotion.
 func TestVerify(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)
-	file := storeFile(t, s, bucket, "wal: {compression: gzip}")
-	p := startPostgres(t, pgOptions{Checksums: true, ArchiveCommand: archivingTo(t, file)})
-	p.Exec("CREATE TABLE t AS SELECT n, repeat('x', 100) FROM generate_series(1, 1000) n")
+	file, plain := storeFile(t, s, bucket, "wal: {compression: gzip}"), storeFile(t, s, bucket)
+	p := startPostgres(t, pgOptions{Checksums: true, ArchiveCommand: archivingTo(t, file), Tablespaces: []string{"beside"}})
+	p.Exec("CREATE TABLE t AS SELECT n, repeat('x', 100) FROM generate_series(1, 1000) n; CREATE TABLE spaced TABLESPACE beside AS SELECT * FROM t")
 	store := testStoreFile(t, file, "main")
 	id := mustBackUp(t, store, p, backupOptions{}).ID
-	table := p.Query("SELECT pg_relation_filepath('t')")
-	var wals []string
-	for range 3 {
+	paths := []string{p.Query("SELECT pg_relation_filepath('t')"), p.Query("SELECT pg_relation_filepath('spaced')")}
+	next := func() string {
+		t.Helper()
 		p.Exec("INSERT INTO t VALUES (0, 'more')")
-		wals = append(wals, p.SwitchWAL())
-		p.WaitArchived(wals[len(wals)-1])
+		wal := p.SwitchWAL()
+		p.WaitArchived(wal)
+		return wal
 	}
-	wal := wals[1]
+	zipped, between := next(), next()
+	p.Set("archive_command", archivingTo(t, plain))
+	unzipped := next()
+	p.Stop("fast") // and a failover: a history, and timeline 2
+	mustWrite(t, filepath.Join(p.Dir, "standby.signal"), "")
+	giveToPostgres(t, p.Dir)
+	p.Start()
+	p.Promote()
+	second, newest := next(), next()
+	if !strings.HasPrefix(second, "00000002") {
+		t.Fatalf("%s is on no other timeline", second)
+	}
 	p.Stop("fast")
 	verify := func(code int, words ...string) {
 		t.Helper()
@@ -1348,29 +1361,30 @@ func TestVerify(t *testing.T) {
 			}
 		}
 	}
-	verify(0, `"ok": true`, `"manifest": true`, `"to": "`)
+	verify(0, `"ok": true`, `"manifest": true`, `"to": "`+newest+`"`)
 	if r := runProgram(t, nil, "verify", "--objectstore", file, "--server-name", "main"); r.Code != 0 || !strings.Contains(r.Stdout, "ok") {
 		t.Errorf("exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
 	}
 
-	dir := "main/base/" + id + "/"
-	archives := s.keys(t, bucket, dir+"data")
-	segment := s.keys(t, bucket, "main/wals/"+wal[:16]+"/"+wal+".gz")[0]
-	// damage changes the object on the disk of the server, and undoes that after f.
-	damage := func(key string, change func(path string) error, words ...string) {
+	// damaged changes the object on the disk of the server, and undoes that after f.
+	damaged := func(key string, change func(path string) error, f func()) {
 		t.Helper()
 		path := filepath.Join(s.Dir, bucket, key)
 		content, err := os.ReadFile(path)
+		if err == nil {
+			err = change(path)
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := change(path); err != nil {
-			t.Fatal(err)
-		}
-		verify(1, append(words, `"ok": false`)...)
+		f()
 		if err := os.WriteFile(path, content, 0o644); err != nil {
 			t.Fatal(err)
 		}
+	}
+	damage := func(key string, change func(path string) error, words ...string) {
+		t.Helper()
+		damaged(key, change, func() { t.Helper(); verify(1, append(words, `"ok": false`)...) })
 	}
 	flip := func(at int) func(string) error {
 		return func(path string) error {
@@ -1382,28 +1396,50 @@ func TestVerify(t *testing.T) {
 			return err
 		}
 	}
-	for _, key := range archives {
+	cut := func(path string) error { return os.Truncate(path, 10<<10) }
+	dir := "main/base/" + id + "/"
+	flipped := 0
+	for _, key := range s.keys(t, bucket, dir) {
 		content, _ := s.read(t, bucket, key)
-		if at := bytes.Index(content, []byte(strings.Repeat("x", 100))); at >= 0 && slices.Contains(tarNames(t, s, bucket, key), table) {
-			damage(key, flip(at), table+" has another size or checksum")
-			if err := flip(at)(filepath.Join(s.Dir, bucket, key)); err != nil {
-				t.Fatal(err)
-			}
+		at := bytes.Index(content, []byte(strings.Repeat("x", 100)))
+		if at < 0 {
+			continue
+		}
+		flipped++
+		names := tarNames(t, s, bucket, key)
+		relation := paths[slices.IndexFunc(paths, func(p string) bool {
+			return slices.ContainsFunc(names, func(name string) bool { return name != "" && strings.HasSuffix(p, "/"+name) || p == name })
+		})]
+		damage(key, flip(at), relation+" has another size or checksum")
+		damaged(key, flip(at), func() {
 			b, err := store.ReadBackupInfo(t.Context(), id)
 			if err != nil {
 				t.Fatal(err)
 			}
-			mustSay(t, restoreBackup(t.Context(), store, b, restoreOptions{Dir: t.TempDir() + "/pgdata"}), errDamaged, table)
-			if err := flip(at)(filepath.Join(s.Dir, bucket, key)); err != nil { // and back
-				t.Fatal(err)
-			}
-		}
+			to := t.TempDir()
+			mustSay(t, restoreBackup(t.Context(), store, b, restoreOptions{Dir: to + "/pgdata", Tablespaces: map[string]string{"beside": to + "/beside"}}), errDamaged, relation)
+		})
 	}
-	last := archives[len(archives)-1]
-	damage(last, func(path string) error { return os.Truncate(path, 10<<10) }, last)
+	if flipped != 2 {
+		t.Errorf("%d tables were damaged, not 2", flipped)
+	}
+	archives := s.keys(t, bucket, dir+"data")
+	last, space := archives[len(archives)-1], strings.Split(paths[1], "/")[1]+".tar"
+	damage(last, cut, last)
 	damage(last, os.Remove, "pg_control")
 	damage(archives[0], os.Remove, "data")
-	damage(segment, flip(1000), wal)
-	damage(segment, os.Remove, "WAL is missing in the archive: "+wal)
+	damage(dir+space, cut, space)
+	damage(dir+space, os.Remove, space)
 	damage(dir+"backup.info", flip(100), "UNREADABLE", "checksum")
+	stored := func(wal, suffix string) string { return "main/wals/" + wal[:16] + "/" + wal + suffix }
+	damage(stored(zipped, ".gz"), flip(1000), zipped)
+	damage(stored(zipped, ".gz"), cut, zipped)
+	damage(stored(between, ".gz"), os.Remove, "WAL is missing in the archive: "+between)
+	damage(stored(unzipped, ""), flip(1<<20), unzipped, "SHA-256")
+	damage(stored(unzipped, ""), cut, unzipped)
+	damage(stored(second, ""), flip(1<<20), second, "SHA-256")
+	damage(stored(second, ""), os.Remove, "WAL is missing in the archive: "+second)
+	damage("main/wals/00000002.history", os.Remove, "00000002.history")
+	damage("main/wals/00000002.history", flip(3), "00000002.history")
+	verify(0, `"ok": true`) // what was undone is whole
 }
