@@ -3,8 +3,9 @@
 // the certificates of that connection, the injection of the sidecar and the RBAC that
 // lets each cluster's sidecar read its own ObjectStores and Secrets, and nothing else.
 //
-// It never touches S3 and never reads a credential. Any number of replicas may run:
-// all of them answer, and writes are idempotent and guarded by resource versions.
+// It never touches S3; of a credential it only looks whether it is there. Any number of
+// replicas may run: all of them answer, and writes are idempotent and guarded by resource
+// versions.
 
 package main
 
@@ -49,31 +50,21 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/util/workqueue"
 	"k8s.io/klog/v2"
 )
-
-const operatorUsage = `Usage: cnpg-barman-s3 operator [flags]
-
-Serves the CloudNativePG operator: injects the sidecar into instance Pods and restore
-Jobs, and gives each cluster's ServiceAccount the rights that its sidecar needs. Makes
-and renews the TLS Secrets of that connection, unless somebody else provides them.
-
-Environment: SIDECAR_IMAGE, the image of the sidecar (required; normally this one);
-SIDECAR_IMAGE_PULL_POLICY, its pull policy (IfNotPresent); NAMESPACE, the operator's
-namespace (default: the one of the Pod's ServiceAccount).
-
-Flags:
-`
 
 var (
 	objectStores = schema.GroupVersionResource{Group: "barmancloud.cnpg.io", Version: "v1", Resource: "objectstores"}
@@ -94,36 +85,27 @@ const (
 
 // operator is the state of the mode `operator`.
 type operator struct {
-	namespace       string
-	serverAddress   string
-	probeAddress    string
-	service         string // of the plugin: the name that the operator checks the server's certificate against
-	caSecret        string
-	serverSecret    string
-	clientSecret    string
-	sidecarImage    string
-	imagePullPolicy corev1.PullPolicy
+	namespace, serverAddress, probeAddress string
+	service                                string // of the plugin: the name that the operator checks the server's certificate against
+	caSecret, serverSecret, clientSecret   string
+	sidecarImage, imagePullPolicy          string
 
-	client                  dynamic.Interface
-	stores, roles, bindings cache.SharedIndexInformer
-	// queue holds certificatesKey and namespace/name of Roles that may have to change.
+	client dynamic.Interface
+	// versions holds the Secrets of all namespaces without their content.
+	stores, roles, bindings, versions cache.SharedIndexInformer
+	// queue holds what may have to be done, as RESOURCE/NAMESPACE/NAME; certificatesKey is the exception.
 	queue workqueue.TypedRateLimitingInterface[string]
 	tls   atomic.Pointer[tls.Config] // nil until the certificates are there
-	// missing remembers, by the UID of the Cluster, which ObjectStore was last reported
-	// as missing, so that an Event marks the transition and not every reconciliation.
-	missing sync.Map
-
-	identity.UnimplementedIdentityServer
+	// judged is what the last judgement of each ObjectStore was based on; only the queue's worker uses it.
+	judged map[string]string
+	// reported is the last Event on each Cluster, by its UID: an Event marks a transition.
+	reported sync.Map
 }
 
-// runOperator is the subcommand `operator`. It returns nil when ctx ends.
+// runOperator is the subcommand `operator`: it serves the CloudNativePG operator until ctx ends.
 func runOperator(ctx context.Context, args []string) error {
 	o := &operator{}
 	fs := flag.NewFlagSet("operator", flag.ContinueOnError)
-	fs.Usage = func() {
-		fmt.Fprint(fs.Output(), operatorUsage)
-		fs.PrintDefaults()
-	}
 	logFlags(fs)
 	fs.StringVar(&o.serverAddress, "server-address", ":9090", "`address` of the gRPC server")
 	fs.StringVar(&o.probeAddress, "health-probe-bind-address", ":8081", "`address` of /healthz and /readyz; 0 serves none")
@@ -131,42 +113,32 @@ func runOperator(ctx context.Context, args []string) error {
 	fs.StringVar(&o.caSecret, "ca-secret", "cnpg-barman-s3-ca", "`name` of the Secret that keeps the certificate authority")
 	fs.StringVar(&o.serverSecret, "server-secret", "cnpg-barman-s3-server-tls", "`name` in the Service's annotation cnpg.io/pluginServerSecret")
 	fs.StringVar(&o.clientSecret, "client-secret", "cnpg-barman-s3-client-tls", "`name` in the Service's annotation cnpg.io/pluginClientSecret")
+	fs.StringVar(&o.sidecarImage, "sidecar-image", os.Getenv("SIDECAR_IMAGE"), "`image` of the sidecars, normally this one (default: $SIDECAR_IMAGE)")
+	fs.StringVar(&o.imagePullPolicy, "sidecar-image-pull-policy", cmp.Or(os.Getenv("SIDECAR_IMAGE_PULL_POLICY"), "IfNotPresent"),
+		"`policy` of the kubelet for it: Always, IfNotPresent or Never (default: $SIDECAR_IMAGE_PULL_POLICY)")
+	fs.StringVar(&o.namespace, "namespace", os.Getenv("NAMESPACE"), "`name` of the operator's namespace (default: $NAMESPACE, or that of the Pod)")
 	kubeconfig := fs.String("kubeconfig", "", "`file` to reach the API server with, when not in a Pod")
-	if err := fs.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return err
-		}
-		return usageError{err}
+	if err := parseFlags(fs, args); err != nil {
+		return err
 	}
-	if fs.NArg() > 0 {
-		return usageError{fmt.Errorf("operator: unexpected argument %q", fs.Arg(0))}
-	}
-	o.sidecarImage = strings.TrimSpace(os.Getenv("SIDECAR_IMAGE"))
-	if o.sidecarImage == "" {
+	if o.sidecarImage = strings.TrimSpace(o.sidecarImage); o.sidecarImage == "" {
 		return errors.New("missing required SIDECAR_IMAGE environment variable: set it to the image of this plugin")
 	}
-	o.imagePullPolicy = corev1.PullPolicy(cmp.Or(os.Getenv("SIDECAR_IMAGE_PULL_POLICY"), string(corev1.PullIfNotPresent)))
-	switch o.imagePullPolicy {
-	case corev1.PullAlways, corev1.PullIfNotPresent, corev1.PullNever:
-	default:
+	if !slices.Contains([]string{"Always", "IfNotPresent", "Never"}, o.imagePullPolicy) {
 		return fmt.Errorf("SIDECAR_IMAGE_PULL_POLICY is %q: set Always, IfNotPresent or Never", o.imagePullPolicy)
 	}
-	o.namespace = os.Getenv("NAMESPACE")
 	if o.namespace == "" {
-		const file = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
-		b, err := os.ReadFile(file)
+		b, err := os.ReadFile("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 		if err != nil {
 			return fmt.Errorf("set NAMESPACE to the CloudNativePG operator's namespace: %w", err)
 		}
 		o.namespace = strings.TrimSpace(string(b))
 	}
-	var config *rest.Config
-	var err error
+	configure := rest.InClusterConfig
 	if *kubeconfig != "" {
-		config, err = clientcmd.BuildConfigFromFlags("", *kubeconfig)
-	} else {
-		config, err = rest.InClusterConfig()
+		configure = func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", *kubeconfig) }
 	}
+	config, err := configure()
 	if err != nil {
 		return fmt.Errorf("configure the Kubernetes client: %w", err)
 	}
@@ -176,48 +148,52 @@ func runOperator(ctx context.Context, args []string) error {
 // run serves until ctx ends.
 func (o *operator) run(ctx context.Context, config *rest.Config) error {
 	klog.SetSlogLogger(slog.Default()) // client-go logs through klog
-	config = rest.CopyConfig(config)
 	// The client's own limit of 5 requests a second would make the first pass over some
 	// hundred clusters take minutes; the API server's priority and fairness governs.
 	config.QPS = -1
 	config.UserAgent = "cnpg-barman-s3/" + version
-	client, err := dynamic.NewForConfig(config)
+	var err error
+	if o.client, err = dynamic.NewForConfig(config); err != nil {
+		return fmt.Errorf("configure the Kubernetes client: %w", err)
+	}
+	metadataClient, err := metadata.NewForConfig(config)
 	if err != nil {
 		return fmt.Errorf("configure the Kubernetes client: %w", err)
 	}
-	o.client = client
 	o.queue = workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](50*time.Millisecond, time.Minute))
 
 	ctx, cancel := context.WithCancel(ctx)
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer cancel()
-	informers, err := o.startInformers(ctx, &background)
+	synced, err := o.startInformers(ctx, &background, metadataClient)
 	if err != nil {
 		return err
 	}
-	background.Go(func() {
-		<-ctx.Done()
-		o.queue.ShutDown()
-	})
 	o.queue.Add(certificatesKey)
 	background.Go(func() { o.work(ctx) })
 
-	ready := func() error {
-		if o.tls.Load() == nil {
-			return errors.New("waiting for the TLS Secrets")
-		}
-		for _, i := range informers {
-			if !i.HasSynced() {
-				return errors.New("waiting for the API server's lists")
-			}
-		}
-		return nil
-	}
 	if o.probeAddress != "" && o.probeAddress != "0" {
-		if err := serveProbes(ctx, &background, o.probeAddress, ready); err != nil {
-			return err
+		listener, err := net.Listen("tcp", o.probeAddress)
+		if err != nil {
+			return fmt.Errorf("serve the probes: %w", err)
 		}
+		mux := http.NewServeMux()
+		mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+		mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
+			if o.tls.Load() == nil || !synced() {
+				http.Error(w, "waiting for the TLS Secrets or the API server's lists", http.StatusServiceUnavailable)
+				return
+			}
+			fmt.Fprintln(w, "ok")
+		})
+		probes := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+		background.Go(func() {
+			if err := probes.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+				slog.Error("Serving the probes ended", "error", err)
+			}
+		})
+		context.AfterFunc(ctx, func() { probes.Close() })
 	}
 
 	listener, err := net.Listen("tcp", o.serverAddress)
@@ -235,12 +211,18 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 			},
 		})),
 		grpc.UnaryInterceptor(recoverPanics))
-	identity.RegisterIdentityServer(server, o)
+	// The injection of a sidecar is announced because without it the instance manager does
+	// not ask the sidecar for metrics.
+	identity.RegisterIdentityServer(server, announce(
+		identity.PluginCapability_Service_TYPE_RECONCILER_HOOKS,
+		identity.PluginCapability_Service_TYPE_LIFECYCLE_SERVICE,
+		identity.PluginCapability_Service_TYPE_INSTANCE_SIDECAR_INJECTION))
 	lifecycle.RegisterOperatorLifecycleServer(server, operatorLifecycle{operator: o})
 	reconciler.RegisterReconcilerHooksServer(server, reconcilerHooks{operator: o})
 
 	background.Go(func() {
 		<-ctx.Done()
+		o.queue.ShutDown()
 		// Handlers answer within milliseconds; whoever holds on longer is cut off.
 		hardStop := time.AfterFunc(5*time.Second, server.Stop)
 		defer hardStop.Stop()
@@ -251,34 +233,6 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 	if err := server.Serve(listener); err != nil {
 		return fmt.Errorf("serve gRPC: %w", err)
 	}
-	return nil
-}
-
-// serveProbes answers /healthz always and /readyz as soon as ready returns nil.
-func serveProbes(ctx context.Context, background *sync.WaitGroup, address string, ready func() error) error {
-	mux := http.NewServeMux()
-	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if err := ready(); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-	})
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		return fmt.Errorf("serve the probes: %w", err)
-	}
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	background.Go(func() {
-		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			slog.Error("Serving the probes ended", "error", err)
-		}
-	})
-	background.Go(func() {
-		<-ctx.Done()
-		server.Close()
-	})
 	return nil
 }
 
@@ -312,31 +266,33 @@ func pluginMetadata() *identity.GetPluginMetadataResponse {
 	}
 }
 
-// pluginCapabilities announces services; the caller then asks each for its own capabilities.
-func pluginCapabilities(services ...identity.PluginCapability_Service_Type) *identity.GetPluginCapabilitiesResponse {
-	resp := &identity.GetPluginCapabilitiesResponse{}
+// pluginIdentity serves the handshake, which comes before each WAL file too: its answers are constants.
+type pluginIdentity struct {
+	identity.UnimplementedIdentityServer
+	metadata     *identity.GetPluginMetadataResponse
+	capabilities *identity.GetPluginCapabilitiesResponse
+}
+
+// announce is an identity with these services; the caller then asks each for its own capabilities.
+func announce(services ...identity.PluginCapability_Service_Type) *pluginIdentity {
+	i := &pluginIdentity{metadata: pluginMetadata(), capabilities: &identity.GetPluginCapabilitiesResponse{}}
 	for _, s := range services {
-		resp.Capabilities = append(resp.Capabilities, &identity.PluginCapability{
+		i.capabilities.Capabilities = append(i.capabilities.Capabilities, &identity.PluginCapability{
 			Type: &identity.PluginCapability_Service_{Service: &identity.PluginCapability_Service{Type: s}},
 		})
 	}
-	return resp
+	return i
 }
 
-func (o *operator) GetPluginMetadata(context.Context, *identity.GetPluginMetadataRequest) (*identity.GetPluginMetadataResponse, error) {
-	return pluginMetadata(), nil
+func (i *pluginIdentity) GetPluginMetadata(context.Context, *identity.GetPluginMetadataRequest) (*identity.GetPluginMetadataResponse, error) {
+	return i.metadata, nil
 }
 
-// GetPluginCapabilities announces, beside the two services, the injection of a sidecar
-// into instances: without it the instance manager does not ask the sidecar for metrics.
-func (o *operator) GetPluginCapabilities(context.Context, *identity.GetPluginCapabilitiesRequest) (*identity.GetPluginCapabilitiesResponse, error) {
-	return pluginCapabilities(
-		identity.PluginCapability_Service_TYPE_RECONCILER_HOOKS,
-		identity.PluginCapability_Service_TYPE_LIFECYCLE_SERVICE,
-		identity.PluginCapability_Service_TYPE_INSTANCE_SIDECAR_INJECTION), nil
+func (i *pluginIdentity) GetPluginCapabilities(context.Context, *identity.GetPluginCapabilitiesRequest) (*identity.GetPluginCapabilitiesResponse, error) {
+	return i.capabilities, nil
 }
 
-func (o *operator) Probe(context.Context, *identity.ProbeRequest) (*identity.ProbeResponse, error) {
+func (*pluginIdentity) Probe(context.Context, *identity.ProbeRequest) (*identity.ProbeResponse, error) {
 	return &identity.ProbeResponse{Ready: true}, nil
 }
 
@@ -373,10 +329,10 @@ func (h reconcilerHooks) Pre(ctx context.Context, req *reconciler.ReconcilerHook
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	stores, absent, err := h.storesOf(ctx, cluster)
-	if absent != nil {
-		h.reportMissing(ctx, cluster, absent)
-	} else if err == nil {
-		h.missing.Delete(cluster.UID)
+	if reason, message := faultOf(stores, absent, err); reason == "" {
+		h.reported.Delete(cluster.UID)
+	} else if err := h.event(ctx, cluster.reference(), reason, message); err != nil {
+		slog.Error("Trying again at the next reconciliation", "error", err)
 	}
 	switch {
 	case absent != nil && err != nil:
@@ -400,26 +356,12 @@ func (h reconcilerHooks) Post(context.Context, *reconciler.ReconcilerHooksReques
 	return &reconciler.ReconcilerHooksResult{Behavior: reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE}, nil
 }
 
-// storeNotFoundError says which ObjectStore a Cluster refers to in vain, and how to cure it.
-type storeNotFoundError struct {
-	namespace, cluster, store, role string
-}
-
-func (e *storeNotFoundError) Error() string {
-	return fmt.Sprintf("ObjectStore %s/%s not found, which Cluster %s names as its %s: create it, or correct barmanObjectName in the Cluster",
-		e.namespace, e.store, e.cluster, e.role)
-}
-
-func (e *storeNotFoundError) GRPCStatus() *status.Status {
-	return status.New(codes.NotFound, e.Error())
-}
-
 // storesOf returns the ObjectStores that the cluster refers to, each once, in the order
 // archive, recovery, replica source. Without its archive a cluster must not go on, nor while
 // it is being bootstrapped without any of them: err is then absent, or a gRPC status.
 // Later the recovery source may be gone like any old backup, and a replica source that is
 // gone must not keep the cluster from being promoted: it is only reported as absent.
-func (o *operator) storesOf(ctx context.Context, c *Cluster) (stores []*ObjectStore, absent *storeNotFoundError, err error) {
+func (o *operator) storesOf(ctx context.Context, c *Cluster) (stores []*ObjectStore, absent, err error) {
 	bootstrap := c.Status.CurrentPrimary == ""
 	for i, r := range []struct {
 		role string
@@ -438,7 +380,8 @@ func (o *operator) storesOf(ctx context.Context, c *Cluster) (stores []*ObjectSt
 		case missing && !needed && r.role == "recovery source":
 			continue
 		case missing:
-			absent = &storeNotFoundError{c.Namespace, c.Name, r.ref.ObjectStore, r.role}
+			absent = status.Errorf(codes.NotFound, "ObjectStore %s/%s not found, which Cluster %s names as its %s: create it, or correct barmanObjectName in the Cluster",
+				c.Namespace, r.ref.ObjectStore, c.Name, r.role)
 			if needed {
 				return nil, absent, absent
 			}
@@ -465,46 +408,57 @@ func (o *operator) store(ctx context.Context, namespace, name string) (*ObjectSt
 	return &store, o.get(ctx, objectStores, namespace, name, &store)
 }
 
-// reportMissing tells the user by an Event on the Cluster, once per transition.
-func (o *operator) reportMissing(ctx context.Context, c *Cluster, absent *storeNotFoundError) {
-	if last, _ := o.missing.Load(c.UID); last == absent.store {
-		return
+// faultOf says in an Event's reason and message what is wrong with a Cluster's ObjectStores;
+// an API server that is away is no fault of theirs.
+func faultOf(stores []*ObjectStore, absent, err error) (reason, message string) {
+	switch {
+	case absent != nil:
+		return "ObjectStoreNotFound", status.Convert(absent).Message()
+	case status.Code(err) == codes.FailedPrecondition:
+		return "ObjectStoreNotReady", status.Convert(err).Message()
 	}
-	slog.Warn("ObjectStore not found", "namespace", c.Namespace, "cluster", c.Name, "objectStore", absent.store)
-	if err := o.event(ctx, c, "ObjectStoreNotFound", absent.Error()); err != nil {
-		slog.Error("Cannot write an Event; trying again at the next reconciliation", "error", err)
-		return
+	for _, s := range stores {
+		if c := meta.FindStatusCondition(s.Status.Conditions, conditionReady); c != nil && c.Status == metav1.ConditionFalse {
+			return "ObjectStoreNotReady", c.Message
+		}
 	}
-	o.missing.Store(c.UID, absent.store)
+	return "", ""
 }
 
-// event writes a Warning on the Cluster, for kubectl describe.
-func (o *operator) event(ctx context.Context, c *Cluster, reason, message string) error {
-	if err := o.create(ctx, events, clusterEvent(c, corev1.EventTypeWarning, reason, message)); err != nil {
-		return fmt.Errorf("write the Event %s on Cluster %s/%s: %w", reason, c.Namespace, c.Name, err)
+// event writes a Warning on a Cluster, for kubectl describe, unless it was the last one.
+func (o *operator) event(ctx context.Context, on corev1.ObjectReference, reason, message string) error {
+	if last, _ := o.reported.Load(on.UID); last == message {
+		return nil
 	}
+	if err := o.write(ctx, events, true, clusterEvent(on, corev1.EventTypeWarning, reason, message)); err != nil {
+		return fmt.Errorf("write the Event %s on Cluster %s/%s: %w", reason, on.Namespace, on.Name, err)
+	}
+	slog.Warn(message, "reason", reason, "namespace", on.Namespace, "cluster", on.Name)
+	o.reported.Store(on.UID, message)
 	return nil
 }
 
 // maxEventMessage is what the API server takes, in bytes.
 const maxEventMessage = 1024
 
-func clusterEvent(c *Cluster, eventType, reason, message string) *corev1.Event {
+func clusterEvent(on corev1.ObjectReference, eventType, reason, message string) *corev1.Event {
 	now := metav1.Now()
 	if len(message) > maxEventMessage {
 		message = strings.ToValidUTF8(message[:maxEventMessage-3], "") + "..."
 	}
 	return &corev1.Event{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Event"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: c.Namespace, GenerateName: c.Name + "."},
-		InvolvedObject: corev1.ObjectReference{
-			APIVersion: c.APIVersion, Kind: c.Kind, Namespace: c.Namespace, Name: c.Name, UID: c.UID,
-			ResourceVersion: c.ResourceVersion,
-		},
-		Type: eventType, Reason: reason, Message: message,
+		TypeMeta:       metav1.TypeMeta{APIVersion: "v1", Kind: "Event"},
+		ObjectMeta:     metav1.ObjectMeta{Namespace: on.Namespace, GenerateName: on.Name + "."},
+		InvolvedObject: on,
+		Type:           eventType, Reason: reason, Message: message,
 		Source:         corev1.EventSource{Component: fieldManager},
 		FirstTimestamp: now, LastTimestamp: now, Count: 1,
 	}
+}
+
+// reference is what an Event is about.
+func (c *Cluster) reference() corev1.ObjectReference {
+	return corev1.ObjectReference{APIVersion: c.APIVersion, Kind: c.Kind, Namespace: c.Namespace, Name: c.Name, UID: c.UID, ResourceVersion: c.ResourceVersion}
 }
 
 // ---------------------------------------------------------------------------
@@ -729,7 +683,7 @@ func (o *operator) sidecar(c *Cluster, stores []*ObjectStore, config *InstanceSi
 	sidecar := &corev1.Container{
 		Name:            sidecarName,
 		Image:           o.sidecarImage,
-		ImagePullPolicy: o.imagePullPolicy,
+		ImagePullPolicy: corev1.PullPolicy(o.imagePullPolicy),
 		Args:            slices.Concat([]string{"sidecar", "--log-level=" + cmp.Or(config.LogLevel, "info")}, config.AdditionalContainerArgs),
 		RestartPolicy:   &always,
 		Env:             env,
@@ -854,6 +808,20 @@ func (o *operator) ensureRBAC(ctx context.Context, c *Cluster, stores []*ObjectS
 	})
 }
 
+// credentialSecrets are the names of the Secrets that the sidecar has to read; the kubelet mounts endpointCA.
+func credentialSecrets(s *ObjectStore) (names []string) {
+	c := s.Spec.Configuration.Credentials
+	if c == nil || c.InheritFromIAMRole {
+		return nil
+	}
+	for _, selector := range []*SecretKeySelector{c.AccessKeyID, c.SecretAccessKey, c.Region, c.SessionToken} {
+		if selector != nil {
+			names = append(names, selector.Name)
+		}
+	}
+	return names
+}
+
 // roleRules are the rights on the named stores. A rule without resourceNames would mean
 // every object, so a rule about nothing is left out. The plugin's own ClusterRole in
 // deploy.yaml holds the same verbs: Kubernetes lets nobody grant more than they have.
@@ -861,17 +829,9 @@ func (o *operator) ensureRBAC(ctx context.Context, c *Cluster, stores []*ObjectS
 // names may hold more than stores: a store that is gone keeps its place, so that its
 // return is noticed.
 func roleRules(names []string, stores []*ObjectStore) []rbacv1.PolicyRule {
-	var credentials []string
+	var secretNames []string
 	for _, s := range stores {
-		cred := s.Spec.Configuration.Credentials
-		if cred == nil || cred.InheritFromIAMRole {
-			continue
-		}
-		for _, selector := range []*SecretKeySelector{cred.AccessKeyID, cred.SecretAccessKey, cred.Region, cred.SessionToken} {
-			if selector != nil {
-				credentials = append(credentials, selector.Name)
-			}
-		}
+		secretNames = append(secretNames, credentialSecrets(s)...)
 	}
 	var rules []rbacv1.PolicyRule
 	for _, r := range []struct {
@@ -879,8 +839,9 @@ func roleRules(names []string, stores []*ObjectStore) []rbacv1.PolicyRule {
 		verbs, names    []string
 	}{
 		{objectStores.Group, "objectstores", []string{"get", "watch", "list"}, names},
-		{objectStores.Group, "objectstores/status", []string{"get", "update", "patch"}, names},
-		{"", "secrets", []string{"get", "watch", "list"}, credentials},
+		// The sidecar patches; update is what the original's does, until its Pod is rolled.
+		{objectStores.Group, "objectstores/status", []string{"update", "patch"}, names},
+		{"", "secrets", []string{"get", "watch", "list"}, secretNames},
 	} {
 		if sorted := slices.Compact(slices.Sorted(slices.Values(r.names))); len(sorted) > 0 {
 			rules = append(rules, rbacv1.PolicyRule{
@@ -934,7 +895,7 @@ func (o *operator) syncRole(ctx context.Context, namespace, name string) error {
 	}
 	return ensure(ctx, o, roles, o.roles, namespace, name, func(r *rbacv1.Role) error {
 		if r.ResourceVersion == "" {
-			return errLeave // deleted meanwhile
+			return errGone
 		}
 		r.Rules = roleRules(names, stores)
 		return nil
@@ -949,6 +910,124 @@ func storesNamed(r *rbacv1.Role) []string {
 		}
 	}
 	return nil
+}
+
+// ---------------------------------------------------------------------------
+// The state of an ObjectStore
+// ---------------------------------------------------------------------------
+
+// conditionReady says whether the settings of an ObjectStore can be used and its Secrets
+// hold the keys. Whether the object store takes them only the sidecars know.
+const conditionReady = "Ready"
+
+// syncStore writes into the status of an ObjectStore what it is worth, and tells the Clusters
+// that use it when it has become unusable.
+//
+// It is judged anew when its generation or a version of its Secrets is another, by every
+// replica. The write is guarded by the version of the ObjectStore that was judged: one
+// replica wins, the others find nothing left to do. A difference in words alone between
+// two versions of the plugin is written once by each, not back and forth.
+func (o *operator) syncStore(ctx context.Context, namespace, name string) error {
+	var store ObjectStore
+	if found, err := cached(o.stores, namespace, name, &store); !found || err != nil {
+		delete(o.judged, namespace+"/"+name)
+		return err
+	}
+	basis := fmt.Sprint(store.UID, store.Generation)
+	for _, s := range secretsOf(&store) {
+		if obj, found, _ := o.versions.GetStore().GetByKey(namespace + "/" + s); found {
+			basis += " " + obj.(metav1.Object).GetResourceVersion()
+		} else {
+			basis += " none"
+		}
+	}
+	key := namespace + "/" + name
+	if o.judged[key] == basis {
+		return nil
+	}
+	verdict, err := o.judge(ctx, &store)
+	if err != nil {
+		return err
+	}
+	if meta.SetStatusCondition(&store.Status.Conditions, verdict) {
+		patch, err := json.Marshal(map[string]any{
+			"metadata": map[string]any{"resourceVersion": store.ResourceVersion},
+			"status":   map[string]any{"conditions": store.Status.Conditions},
+		})
+		if err != nil {
+			return err
+		}
+		_, err = o.client.Resource(objectStores).Namespace(namespace).Patch(ctx, name, types.MergePatchType, patch,
+			metav1.PatchOptions{FieldManager: fieldManager}, "status")
+		if err != nil {
+			return fmt.Errorf("write the condition of ObjectStore %s: %w", key, err)
+		}
+		slog.Info("ObjectStore judged", "objectStore", key, "ready", verdict.Status, "reason", verdict.Reason, "message", verdict.Message)
+		if err := o.tellClusters(ctx, key, verdict); err != nil {
+			slog.Error("The condition of an ObjectStore gives no Event", "objectStore", key, "error", err)
+		}
+	}
+	o.judged[key] = basis
+	return nil
+}
+
+// secretsOf are all Secrets that an ObjectStore names.
+func secretsOf(s *ObjectStore) []string {
+	names := credentialSecrets(s)
+	if ca := s.Spec.Configuration.EndpointCA; ca != nil {
+		names = append(names, ca.Name)
+	}
+	return names
+}
+
+// judge makes the condition. An error says that there is no verdict, because the API server is away.
+func (o *operator) judge(ctx context.Context, store *ObjectStore) (metav1.Condition, error) {
+	verdict := metav1.Condition{Type: conditionReady, Status: metav1.ConditionFalse, ObservedGeneration: store.Generation}
+	var failed error
+	config, err := ResolveStore(store, "any", func(sel SecretKeySelector) ([]byte, error) {
+		s, err := o.secret(ctx, store.Namespace, sel.Name)
+		switch {
+		case err != nil:
+			failed = err
+			return nil, err
+		case s == nil:
+			verdict.Reason = "SecretNotFound"
+			return nil, fmt.Errorf("Secret %s/%s: %w: create it, or correct its name in the ObjectStore", store.Namespace, sel.Name, errNoObject)
+		}
+		value, err := secretKey(s, sel)
+		if err != nil {
+			verdict.Reason = "SecretKeyNotFound"
+		}
+		return value, err
+	})
+	if err == nil {
+		_, err = newStore(config)
+	}
+	if err != nil {
+		verdict.Reason, verdict.Message = cmp.Or(verdict.Reason, "InvalidConfiguration"), err.Error()
+	} else {
+		verdict.Status, verdict.Reason = metav1.ConditionTrue, "Valid"
+		verdict.Message = "The configuration is valid, and its Secrets hold the keys that it names"
+	}
+	return verdict, failed
+}
+
+// tellClusters writes an Event on each Cluster that uses an ObjectStore that is not ready.
+func (o *operator) tellClusters(ctx context.Context, store string, verdict metav1.Condition) error {
+	users, err := o.roles.GetIndexer().ByIndex(byStore, store)
+	for _, obj := range users {
+		owner := metav1.GetControllerOf(obj.(metav1.Object))
+		if owner == nil {
+			continue
+		}
+		cluster := corev1.ObjectReference{APIVersion: owner.APIVersion, Kind: owner.Kind, Name: owner.Name, UID: owner.UID,
+			Namespace: obj.(metav1.Object).GetNamespace()}
+		o.reported.Delete(owner.UID) // this is a transition, whatever this replica said of the last one
+		if verdict.Status == metav1.ConditionFalse {
+			err = errors.Join(err, o.event(ctx, cluster, "ObjectStoreNotReady", verdict.Message))
+		}
+	}
+	return err
 }
 
 // ---------------------------------------------------------------------------
@@ -969,7 +1048,7 @@ const (
 	clockSkew       = time.Hour // tolerated between the nodes
 	checkInterval   = time.Hour
 
-	certificatesKey = "certificates" // in the queue; a Role's key has a slash
+	certificatesKey = "certificates" // in the queue
 )
 
 // authority is the CA's Secret: tls.crt holds the current CA certificate and, after a
@@ -984,11 +1063,11 @@ type authority struct {
 // The operator trusts all of the server Secret's tls.crt, so this holds the leaf and
 // every CA certificate: a renewed leaf is trusted before the operator has read it.
 func (o *operator) syncCertificates(ctx context.Context) error {
-	server, err := o.secret(ctx, o.serverSecret)
+	server, err := o.secret(ctx, o.namespace, o.serverSecret)
 	if err != nil {
 		return err
 	}
-	client, err := o.secret(ctx, o.clientSecret)
+	client, err := o.secret(ctx, o.namespace, o.clientSecret)
 	if err != nil {
 		return err
 	}
@@ -1048,15 +1127,13 @@ func (o *operator) syncCertificates(ctx context.Context) error {
 	return nil
 }
 
-// secret returns a Secret of the own namespace, nil when there is none.
-func (o *operator) secret(ctx context.Context, name string) (*corev1.Secret, error) {
+// secret asks the API server for a Secret; nil when there is none.
+func (o *operator) secret(ctx context.Context, namespace, name string) (*corev1.Secret, error) {
 	var s corev1.Secret
-	err := o.get(ctx, secrets, o.namespace, name, &s)
-	if apierrors.IsNotFound(err) {
+	if err := o.get(ctx, secrets, namespace, name, &s); apierrors.IsNotFound(err) {
 		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("get Secret %s/%s: %w", o.namespace, name, err)
+	} else if err != nil {
+		return nil, fmt.Errorf("get Secret %s/%s: %w", namespace, name, err)
 	}
 	return &s, nil
 }
@@ -1078,7 +1155,7 @@ func keyPair(s *corev1.Secret) (*tls.Certificate, error) {
 
 // authority reads the CA's Secret, makes it, or renews the CA in it.
 func (o *operator) authority(ctx context.Context) (*authority, error) {
-	s, err := o.secret(ctx, o.caSecret)
+	s, err := o.secret(ctx, o.namespace, o.caSecret)
 	if err != nil {
 		return nil, err
 	}
@@ -1221,11 +1298,7 @@ func (o *operator) writePair(ctx context.Context, name, role string, old *corev1
 		corev1.TLSCertKey:       chainPEM(pair.Leaf, behind),
 		corev1.TLSPrivateKeyKey: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
 	}
-	write := o.update
-	if old == nil {
-		write = o.create
-	}
-	if err := write(ctx, secrets, s); err != nil {
+	if err := o.write(ctx, secrets, old == nil, s); err != nil {
 		return nil, fmt.Errorf("write Secret %s/%s: %w", o.namespace, name, err)
 	}
 	slog.Info("Wrote a certificate", "secret", name, "notAfter", pair.Leaf.NotAfter)
@@ -1236,82 +1309,111 @@ func (o *operator) writePair(ctx context.Context, name, role string, old *corev1
 // The API server: informers, one queue of work, reads and guarded writes
 // ---------------------------------------------------------------------------
 
-// byStore is the index of Roles by namespace/name of the ObjectStores they name.
-const byStore = "store"
+// The indices of Roles by NAMESPACE/NAME of the ObjectStores they name, and of ObjectStores
+// by that of the Secrets they name.
+const (
+	byStore  = "store"
+	bySecret = "secret"
+)
 
-// startInformers watches the ObjectStores, our Roles and RoleBindings everywhere, and
-// the three TLS Secrets, each by its name because the plugin may see no other.
-func (o *operator) startInformers(ctx context.Context, background *sync.WaitGroup) ([]cache.SharedIndexInformer, error) {
-	ours := metav1.ListOptions{LabelSelector: clusterLabel}
-	o.stores = o.informer(objectStores, "", metav1.ListOptions{})
-	o.roles = o.informer(roles, "", ours)
-	o.bindings = o.informer(roleBindings, "", ours)
-	informers := []cache.SharedIndexInformer{o.stores, o.roles, o.bindings}
-	err := o.roles.AddIndexers(cache.Indexers{byStore: func(obj any) ([]string, error) {
-		var r rbacv1.Role
-		if err := fromUnstructured(obj, &r); err != nil {
+// index makes an index of an informer's objects of type T; names are in the object's namespace.
+func index[T any](name string, names func(*T) []string) cache.Indexers {
+	return cache.Indexers{name: func(obj any) ([]string, error) {
+		var v T
+		if err := fromUnstructured(obj, &v); err != nil {
 			return nil, err
 		}
-		keys := storesNamed(&r)
-		for i := range keys {
-			keys[i] = r.Namespace + "/" + keys[i]
+		var keys []string
+		for _, n := range names(&v) {
+			keys = append(keys, obj.(metav1.Object).GetNamespace()+"/"+n)
 		}
 		return keys, nil
-	}})
-	if err != nil {
-		return nil, fmt.Errorf("index the Roles: %w", err)
+	}}
+}
+
+// startInformers watches the ObjectStores, our Roles and RoleBindings, and which Secrets
+// there are in which version. synced says whether all of it is known.
+func (o *operator) startInformers(ctx context.Context, background *sync.WaitGroup, metadataClient metadata.Interface) (synced func() bool, err error) {
+	ours := metav1.ListOptions{LabelSelector: clusterLabel}
+	o.stores = informer(o.client.Resource(objectStores), metav1.ListOptions{})
+	o.roles = informer(o.client.Resource(roles), ours)
+	o.bindings = informer(o.client.Resource(roleBindings), ours)
+	versions := metadataClient.Resource(secrets)
+	o.versions = newInformer(versions.List, versions.Watch, metav1.ListOptions{FieldSelector: "type!=helm.sh/release.v1"}, &metav1.PartialObjectMetadata{})
+	o.judged = map[string]string{}
+	if err := errors.Join(
+		o.roles.AddIndexers(index(byStore, storesNamed)),
+		o.stores.AddIndexers(index(bySecret, secretsOf))); err != nil {
+		return nil, fmt.Errorf("index the Roles and ObjectStores: %w", err)
 	}
-	for _, name := range []string{o.caSecret, o.serverSecret, o.clientSecret} {
-		i := o.informer(secrets, o.namespace, metav1.ListOptions{FieldSelector: "metadata.name=" + name})
-		if err := handle(i, func(string) { o.queue.Add(certificatesKey) }); err != nil {
-			return nil, err
-		}
-		informers = append(informers, i)
+	all := []cache.SharedIndexInformer{o.stores, o.roles, o.bindings, o.versions}
+	synced = func() bool {
+		return !slices.ContainsFunc(all, func(i cache.SharedIndexInformer) bool { return !i.HasSynced() })
 	}
-	for _, i := range informers {
+	for _, i := range all {
 		background.Go(func() { i.RunWithContext(ctx) })
 	}
 	background.Go(func() {
-		// A Role is judged by the ObjectStores, so these have to be known first.
-		if !cache.WaitForCacheSync(ctx.Done(), o.stores.HasSynced, o.roles.HasSynced) {
+		// A Role is judged by the ObjectStores and these by the Secrets: all have to be known first.
+		if !cache.WaitForCacheSync(ctx.Done(), synced) {
 			return
 		}
-		err := errors.Join(
-			handle(o.roles, o.queue.Add),
-			handle(o.stores, func(store string) {
-				affected, err := o.roles.GetIndexer().IndexKeys(byStore, store)
-				if err != nil {
-					slog.Error("Cannot look up the Roles of an ObjectStore", "objectStore", store, "error", err)
+		if err := errors.Join(
+			handle(o.roles, func(key string) { o.queue.Add("roles/" + key) }),
+			handle(o.stores, func(key string) {
+				o.queue.Add("objectstores/" + key)
+				o.queueAll(o.roles, byStore, key, "roles/")
+			}),
+			handle(o.versions, func(key string) {
+				if namespace, name, _ := strings.Cut(key, "/"); namespace == o.namespace &&
+					slices.Contains([]string{o.caSecret, o.serverSecret, o.clientSecret}, name) {
+					o.queue.Add(certificatesKey)
 				}
-				for _, role := range affected {
-					o.queue.Add(role)
-				}
-			}))
-		if err != nil && ctx.Err() == nil {
-			slog.Error("Cannot follow the ObjectStores", "error", err)
+				o.queueAll(o.stores, bySecret, key, "objectstores/")
+			})); err != nil && ctx.Err() == nil {
+			slog.Error("Cannot follow the API server's objects", "error", err)
 		}
 	})
-	return informers, nil
+	return synced, nil
 }
 
-func (o *operator) informer(gvr schema.GroupVersionResource, namespace string, selector metav1.ListOptions) cache.SharedIndexInformer {
-	resource := o.client.Resource(gvr).Namespace(namespace)
+// queueAll puts all objects of one key of an index into the queue.
+func (o *operator) queueAll(i cache.SharedIndexInformer, index, key, resource string) {
+	affected, err := i.GetIndexer().IndexKeys(index, key)
+	if err != nil {
+		slog.Error("Cannot look up what is affected by a change", "index", index, "object", key, "error", err)
+	}
+	for _, name := range affected {
+		o.queue.Add(resource + name)
+	}
+}
+
+func informer(r dynamic.ResourceInterface, selector metav1.ListOptions) cache.SharedIndexInformer {
+	return newInformer(r.List, r.Watch, selector, &unstructured.Unstructured{})
+}
+
+// newInformer follows the selected objects. What it keeps of an example that is only
+// metadata is the name and the version.
+func newInformer[L runtime.Object](list func(context.Context, metav1.ListOptions) (L, error),
+	follow func(context.Context, metav1.ListOptions) (watch.Interface, error), selector metav1.ListOptions, example runtime.Object) cache.SharedIndexInformer {
 	selected := func(options metav1.ListOptions) metav1.ListOptions {
 		options.LabelSelector, options.FieldSelector = selector.LabelSelector, selector.FieldSelector
 		return options
 	}
 	i := cache.NewSharedIndexInformer(&cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
-			return resource.List(ctx, selected(options))
+			return list(ctx, selected(options))
 		},
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
-			return resource.Watch(ctx, selected(options))
+			return follow(ctx, selected(options))
 		},
-	}, &unstructured.Unstructured{}, 0, cache.Indexers{})
-	// Half of a small object, and never read.
+	}, example, 0, cache.Indexers{})
 	if err := i.SetTransform(func(obj any) (any, error) {
-		if u, ok := obj.(*unstructured.Unstructured); ok {
-			u.SetManagedFields(nil)
+		switch o := obj.(type) {
+		case *unstructured.Unstructured:
+			o.SetManagedFields(nil) // half of a small object, and never read
+		case *metav1.PartialObjectMetadata:
+			o.ObjectMeta = metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, ResourceVersion: o.ResourceVersion}
 		}
 		return obj, nil
 	}); err != nil {
@@ -1360,56 +1462,52 @@ func (o *operator) work(ctx context.Context) {
 func (o *operator) sync(ctx context.Context, key string) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if key == certificatesKey {
-		defer o.queue.AddAfter(certificatesKey, checkInterval)
-		return o.syncCertificates(ctx)
+	resource, object, _ := strings.Cut(key, "/")
+	namespace, name, _ := strings.Cut(object, "/")
+	switch resource {
+	case "objectstores":
+		return o.syncStore(ctx, namespace, name)
+	case "roles":
+		return o.syncRole(ctx, namespace, name)
 	}
-	namespace, name, _ := strings.Cut(key, "/")
-	return o.syncRole(ctx, namespace, name)
+	defer o.queue.AddAfter(certificatesKey, checkInterval)
+	return o.syncCertificates(ctx)
 }
 
-// errLeave is what a mutate function returns to have nothing written.
-var errLeave = errors.New("leave the object as it is")
+// errGone is what a mutate function returns to have nothing created.
+var errGone = errors.New("deleted meanwhile")
 
 // ensure creates an object or changes it, guarded by its resource version, until it is
 // what mutate makes of it, and writes nothing when it already is.
 func ensure[T any, P interface {
 	*T
 	metav1.Object
-	DeepCopyInto(*T)
 }](ctx context.Context, o *operator, gvr schema.GroupVersionResource, known cache.SharedIndexInformer, namespace, name string, mutate func(P) error) error {
 	var err error
 	for attempt := range 5 {
 		var before, after T
 		var found bool
 		if attempt == 0 {
-			found, err = cached(known, namespace, name, P(&before))
-		} else if err = o.get(ctx, gvr, namespace, name, P(&before)); err == nil {
+			found, err = cached(known, namespace, name, &before)
+		} else if err = o.get(ctx, gvr, namespace, name, &before); err == nil {
 			found = true
 		} else if apierrors.IsNotFound(err) {
 			err = nil
 		}
+		if err == nil {
+			err = fromUnstructured(before, &after)
+		}
 		if err != nil {
 			break
 		}
-		if found {
-			P(&before).DeepCopyInto(&after)
-		} else {
-			P(&after).SetNamespace(namespace)
-			P(&after).SetName(name)
-		}
-		if err = mutate(P(&after)); err != nil {
+		P(&after).SetNamespace(namespace)
+		P(&after).SetName(name)
+		if err = mutate(P(&after)); errors.Is(err, errGone) || err == nil && found && equality.Semantic.DeepEqual(before, after) {
+			return nil
+		} else if err != nil {
 			break
 		}
-		switch {
-		case !found:
-			err = o.create(ctx, gvr, P(&after))
-		case equality.Semantic.DeepEqual(before, after):
-			return nil
-		default:
-			err = o.update(ctx, gvr, P(&after))
-		}
-		if err == nil {
+		if err = o.write(ctx, gvr, !found, P(&after)); err == nil {
 			slog.Info("Wrote", "resource", gvr.Resource, "namespace", namespace, "name", name)
 			return nil
 		}
@@ -1417,9 +1515,6 @@ func ensure[T any, P interface {
 		if !apierrors.IsAlreadyExists(err) && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
 			break
 		}
-	}
-	if err == nil || errors.Is(err, errLeave) {
-		return nil
 	}
 	return fmt.Errorf("%s %s/%s: %w", gvr.Resource, namespace, name, err)
 }
@@ -1450,23 +1545,18 @@ func (o *operator) get(ctx context.Context, gvr schema.GroupVersionResource, nam
 	return fromUnstructured(u, into)
 }
 
-func (o *operator) create(ctx context.Context, gvr schema.GroupVersionResource, obj metav1.Object) error {
+// write creates an object, or updates it: that fails with a conflict when the object is no
+// longer the one that was read.
+func (o *operator) write(ctx context.Context, gvr schema.GroupVersionResource, create bool, obj metav1.Object) error {
 	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(obj)
 	if err != nil {
 		return err
 	}
-	_, err = o.client.Resource(gvr).Namespace(obj.GetNamespace()).Create(ctx,
-		&unstructured.Unstructured{Object: content}, metav1.CreateOptions{FieldManager: fieldManager})
-	return err
-}
-
-// update fails with a conflict when the object is no longer the one that was read.
-func (o *operator) update(ctx context.Context, gvr schema.GroupVersionResource, obj metav1.Object) error {
-	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(obj)
-	if err != nil {
-		return err
+	resource, u := o.client.Resource(gvr).Namespace(obj.GetNamespace()), &unstructured.Unstructured{Object: content}
+	if create {
+		_, err = resource.Create(ctx, u, metav1.CreateOptions{FieldManager: fieldManager})
+	} else {
+		_, err = resource.Update(ctx, u, metav1.UpdateOptions{FieldManager: fieldManager})
 	}
-	_, err = o.client.Resource(gvr).Namespace(obj.GetNamespace()).Update(ctx,
-		&unstructured.Unstructured{Object: content}, metav1.UpdateOptions{FieldManager: fieldManager})
 	return err
 }

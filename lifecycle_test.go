@@ -10,6 +10,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
@@ -19,14 +20,19 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"log"
 	"maps"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	neturl "net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -45,13 +51,17 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"k8s.io/client-go/util/retry"
 	"sigs.k8s.io/yaml"
 )
 
@@ -108,6 +118,13 @@ func testAPI(t *testing.T) *api {
 		"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"generateName": "test-"},
 	}})
 	a.namespace = ns.GetName()
+	t.Cleanup(func() { // what later tests' plugins would look after too
+		for _, resource := range []schema.GroupVersionResource{objectStores, roles} {
+			if err := client.Resource(resource).Namespace(a.namespace).DeleteCollection(context.Background(), metav1.DeleteOptions{}, metav1.ListOptions{}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	return a
 }
 
@@ -194,6 +211,20 @@ func (a *api) read(kind, namespace, name string) *unstructured.Unstructured {
 	return u
 }
 
+// change applies f to an object as it is now, whoever else writes it.
+func (a *api) change(kind, namespace, name string, f func(object map[string]any)) {
+	a.t.Helper()
+	err := retry.RetryOnConflict(retry.DefaultBackoff, func() error {
+		u := a.read(kind, namespace, name)
+		f(u.Object)
+		_, err := a.on(u).Update(a.t.Context(), u, metav1.UpdateOptions{})
+		return err
+	})
+	if err != nil {
+		a.t.Fatalf("change %s %s: %v", kind, name, err)
+	}
+}
+
 func (a *api) exists(kind, namespace, name string) bool {
 	a.t.Helper()
 	_, err := a.client.Resource(resources[kind]).Namespace(namespace).Get(a.t.Context(), name, metav1.GetOptions{})
@@ -249,6 +280,83 @@ type plugin struct {
 	namespace     string // the operator's, as in deploy.yaml
 	address, http string
 	cmd           *exec.Cmd
+	requests      *recorder // that it makes of the API server
+}
+
+// recorder notes each request to the API server that passes it.
+type recorder struct {
+	http.RoundTripper
+	mu   sync.Mutex
+	seen []apiRequest
+}
+
+// apiRequest is a request in the terms of RBAC.
+type apiRequest struct {
+	verb, group, resource, namespace, name string
+	code                                   int
+}
+
+func (r *recorder) RoundTrip(request *http.Request) (*http.Response, error) {
+	response, err := r.RoundTripper.RoundTrip(request)
+	var a apiRequest
+	parts := strings.Split(strings.Trim(request.URL.Path, "/"), "/")
+	if parts[0] == "apis" {
+		a.group, parts = parts[1], parts[1:]
+	}
+	parts = append(parts[2:], "", "", "", "", "")
+	if parts[0] == "namespaces" && parts[2] != "" {
+		a.namespace, parts = parts[1], parts[2:]
+	}
+	a.resource, a.name = parts[0], parts[1]
+	if parts[2] != "" {
+		a.resource += "/" + parts[2]
+	}
+	switch {
+	case request.Method != "GET":
+		a.verb = map[string]string{"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}[request.Method]
+	case request.URL.Query().Get("watch") == "true":
+		a.verb = "watch"
+	case a.name == "":
+		a.verb = "list"
+	default:
+		a.verb = "get"
+	}
+	if response != nil {
+		a.code = response.StatusCode
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.seen = append(r.seen, a)
+	return response, err
+}
+
+// since are the requests after the first n.
+func (r *recorder) since(n int) []apiRequest {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.seen[n:])
+}
+
+// recorded is a proxy before the API server, for a client that brings its own token.
+func (a *api) recorded() (url string, ca []byte, requests *recorder) {
+	a.t.Helper()
+	transport, err := rest.TransportFor(rest.AnonymousClientConfig(a.config))
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	host, err := neturl.Parse(a.config.Host)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	requests = &recorder{RoundTripper: transport}
+	proxy := httptest.NewUnstartedServer(&httputil.ReverseProxy{
+		Transport: requests, FlushInterval: -1, ErrorLog: log.New(io.Discard, "", 0),
+		Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(host) },
+	})
+	proxy.EnableHTTP2 = true
+	proxy.StartTLS()
+	a.t.Cleanup(func() { proxy.CloseClientConnections(); proxy.Close() })
+	return proxy.URL, chainPEM(proxy.Certificate(), nil), requests
 }
 
 // install applies deploy.yaml, without the Deployment, for a namespace of this test.
@@ -283,17 +391,18 @@ func (a *api) install() string {
 
 // start runs the program with the arguments of deploy.yaml, under its ServiceAccount,
 // and waits until it is ready.
-func (a *api) start(namespace string) *plugin {
+func (a *api) start(namespace string, env ...string) *plugin {
 	a.t.Helper()
-	p := a.launch(namespace)
+	p := a.launch(namespace, env...)
 	waitFor(a.t, "the plugin to be ready", func() bool { return p.probe("/readyz") == http.StatusOK })
 	return p
 }
 
-func (a *api) launch(namespace string) *plugin {
+func (a *api) launch(namespace string, env ...string) *plugin {
 	t := a.t
 	t.Helper()
-	p := &plugin{api: a, namespace: namespace}
+	url, ca, requests := a.recorded()
+	p := &plugin{api: a, namespace: namespace, requests: requests}
 	for _, address := range []*string{&p.address, &p.http} {
 		var err error
 		if *address, err = freeAddress(); err != nil {
@@ -302,9 +411,7 @@ func (a *api) launch(namespace string) *plugin {
 	}
 	config := a.asServiceAccount(namespace, "plugin-barman-cloud")
 	kubeconfig := clientcmdapi.NewConfig()
-	kubeconfig.Clusters["c"] = &clientcmdapi.Cluster{
-		Server: config.Host, CertificateAuthority: config.CAFile, CertificateAuthorityData: config.CAData,
-	}
+	kubeconfig.Clusters["c"] = &clientcmdapi.Cluster{Server: url, CertificateAuthorityData: ca}
 	kubeconfig.AuthInfos["u"] = &clientcmdapi.AuthInfo{Token: config.BearerToken}
 	kubeconfig.Contexts["x"] = &clientcmdapi.Context{Cluster: "c", AuthInfo: "u"}
 	kubeconfig.CurrentContext = "x"
@@ -314,7 +421,7 @@ func (a *api) launch(namespace string) *plugin {
 	}
 	p.cmd = exec.Command(program(t), "operator", "--kubeconfig", file,
 		"--server-address", p.address, "--health-probe-bind-address", p.http)
-	p.cmd.Env = append(os.Environ(), "NAMESPACE="+namespace, "SIDECAR_IMAGE= "+testImage+"\n")
+	p.cmd.Env = append(os.Environ(), append(env, "NAMESPACE="+namespace, "SIDECAR_IMAGE= "+testImage+"\n")...)
 	var log bytes.Buffer
 	p.cmd.Stdout, p.cmd.Stderr = &log, &log
 	if err := p.cmd.Start(); err != nil {
@@ -452,6 +559,33 @@ spec:
 		merge(u.Object, fromYAML(a.t, "apiVersion: v\nkind: k\nspec:\n"+indent(m)).Object["spec"], "spec")
 	}
 	return u
+}
+
+// keys makes a Secret with what storeYAML's stores want, or with other content.
+func (a *api) keys(name string, content ...string) {
+	a.t.Helper()
+	a.apply(fromYAML(a.t, fmt.Sprintf("apiVersion: v1\nkind: Secret\nmetadata: {name: %s, namespace: %s}\nstringData: {%s}", name, a.namespace,
+		strings.Join(append(content, "ACCESS_KEY_ID: a", "ACCESS_SECRET_KEY: b")[:max(2, len(content))], ", "))))
+}
+
+// events are the messages on the Clusters of the namespace, oldest first.
+func (a *api) events() (messages []string) {
+	a.t.Helper()
+	list, err := a.client.Resource(events).Namespace(a.namespace).List(a.t.Context(), metav1.ListOptions{})
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	slices.SortFunc(list.Items, func(x, y unstructured.Unstructured) int { // by age: the versions are one counter
+		return cmp.Or(cmp.Compare(len(x.GetResourceVersion()), len(y.GetResourceVersion())), cmp.Compare(x.GetResourceVersion(), y.GetResourceVersion()))
+	})
+	for _, e := range list.Items {
+		event := as[corev1.Event](a.t, &e)
+		if event.InvolvedObject.Kind != "Cluster" || event.InvolvedObject.APIVersion == "" || event.InvolvedObject.UID == "" || event.Type != "Warning" {
+			a.t.Errorf("event %v", event)
+		}
+		messages = append(messages, event.Message)
+	}
+	return messages
 }
 
 func indent(s string) string {
@@ -869,7 +1003,7 @@ configuration:
 	stores := []string{"store-a", "store-b"}
 	want := []rbacv1.PolicyRule{
 		{APIGroups: []string{"barmancloud.cnpg.io"}, Resources: []string{"objectstores"}, ResourceNames: stores, Verbs: []string{"get", "watch", "list"}},
-		{APIGroups: []string{"barmancloud.cnpg.io"}, Resources: []string{"objectstores/status"}, ResourceNames: stores, Verbs: []string{"get", "update", "patch"}},
+		{APIGroups: []string{"barmancloud.cnpg.io"}, Resources: []string{"objectstores/status"}, ResourceNames: stores, Verbs: []string{"update", "patch"}},
 		{APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: []string{"region", "store-a-keys", "store-b-keys"}, Verbs: []string{"get", "watch", "list"}},
 	}
 	if got := toJSON(t, role.Rules); !bytes.Equal(got, toJSON(t, want)) {
@@ -1048,29 +1182,16 @@ func mentions(t *testing.T, err error, words ...string) {
 
 func TestAPIMissingObjectStore(t *testing.T) {
 	a := testAPI(t)
+	a.keys("store-a-keys")
 	p := a.start(a.install())
 	cluster := a.cluster("pg", archives)
-	messages := func() (messages []string) {
-		list, err := a.client.Resource(events).Namespace(a.namespace).List(t.Context(), metav1.ListOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, e := range list.Items {
-			event := as[corev1.Event](t, &e)
-			if event.InvolvedObject.Kind != "Cluster" || event.InvolvedObject.Name != "pg" || event.InvolvedObject.UID != cluster.GetUID() || event.Type != "Warning" {
-				t.Errorf("event %v", event)
-			}
-			messages = append(messages, event.Message)
-		}
-		return messages
-	}
 	for range 3 {
 		r, err := p.pre(cluster)
 		if err != nil || r.Behavior != reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE {
 			t.Fatalf("%v, %v; want REQUEUE and no error", r, err)
 		}
 	}
-	if got := messages(); len(got) != 1 || !strings.Contains(got[0], "ObjectStore "+a.namespace+"/store-a not found") || !strings.Contains(got[0], "create it") {
+	if got := a.events(); len(got) != 1 || !strings.Contains(got[0], "ObjectStore "+a.namespace+"/store-a not found") || !strings.Contains(got[0], "create it") {
 		t.Errorf("events %q", got)
 	}
 	_, _, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, a.instancePod("pg"))
@@ -1089,7 +1210,7 @@ func TestAPIMissingObjectStore(t *testing.T) {
 		r, err := p.pre(cluster)
 		return err == nil && r.Behavior == reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE
 	})
-	if got := messages(); len(got) != 2 {
+	if got := a.events(); len(got) != 2 {
 		t.Errorf("events %q, want a second one", got)
 	}
 }
@@ -1098,6 +1219,7 @@ func TestAPIMissingObjectStore(t *testing.T) {
 // it follows it can still be promoted: neither keeps the operator from it.
 func TestAPIMissingObjectStoreAfterBootstrap(t *testing.T) {
 	a := testAPI(t)
+	a.keys("store-a-keys")
 	p := a.start(a.install())
 	a.create(a.storeYAML("store-a"))
 	behaviour := func(cluster *unstructured.Unstructured) reconciler.ReconcilerHooksResult_Behavior {
@@ -1108,16 +1230,6 @@ func TestAPIMissingObjectStoreAfterBootstrap(t *testing.T) {
 		}
 		return r.Behavior
 	}
-	events := func() (messages []string) {
-		list, err := a.client.Resource(events).Namespace(a.namespace).List(t.Context(), metav1.ListOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, e := range list.Items {
-			messages = append(messages, as[corev1.Event](t, &e).Message)
-		}
-		return messages
-	}
 	for _, c := range []struct {
 		spec, role, store string
 		tells             bool
@@ -1127,22 +1239,22 @@ func TestAPIMissingObjectStoreAfterBootstrap(t *testing.T) {
 		{recovers, "recovery source", "store-b", false},
 	} {
 		cluster := a.cluster("pg", c.spec)
-		before := len(events())
+		before := len(a.events())
 		if got := behaviour(cluster); got != reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE {
 			t.Errorf("%s missing during the bootstrap: %v", c.role, got)
 		}
-		if got := events(); len(got) != before+1 {
+		if got := a.events(); len(got) != before+1 {
 			t.Errorf("%s missing during the bootstrap: events %q", c.role, got)
 		}
 		unstructured.SetNestedField(cluster.Object, "pg-1", "status", "currentPrimary")
 		cluster.SetUID("22222222-2222-3333-4444-555555555555") // the Event above was of another cluster's bootstrap
-		before = len(events())
+		before = len(a.events())
 		for range 2 {
 			if got := behaviour(cluster); got != reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE {
 				t.Errorf("%s missing after the bootstrap: %v", c.role, got)
 			}
 		}
-		if got := events()[before:]; (len(got) == 1) != c.tells || len(got) > 1 {
+		if got := a.events()[before:]; (len(got) == 1) != c.tells || len(got) > 1 {
 			t.Errorf("%s missing after the bootstrap: events %q", c.role, got)
 		}
 		_, patch, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, cluster, a.instancePod("pg"))
@@ -1166,12 +1278,197 @@ func TestAPIMissingObjectStoreAfterBootstrap(t *testing.T) {
 	})
 }
 
+// ready is the condition of an ObjectStore, once it was judged.
+func (a *api) ready(name string) metav1.Condition {
+	a.t.Helper()
+	var c *metav1.Condition
+	waitFor(a.t, "a verdict about "+name, func() bool {
+		store := as[ObjectStore](a.t, a.read("ObjectStore", a.namespace, name))
+		c = meta.FindStatusCondition(store.Status.Conditions, "Ready")
+		return c != nil && c.ObservedGeneration == store.Generation
+	})
+	return *c
+}
+
+// Whatever can be told to be wrong without asking the object store is in the condition
+// Ready, in words that name the object to mend.
+func TestAPIJudgesObjectStores(t *testing.T) {
+	a := testAPI(t)
+	a.keys("keys")
+	a.keys("half", "ACCESS_KEY_ID: a", "SOMETHING: b")
+	a.keys("ca", "ca.crt: no certificate", "other: thing")
+	selector := func(secret string) string {
+		return fmt.Sprintf("configuration: {s3Credentials: {accessKeyId: {name: %s, key: ACCESS_KEY_ID}, secretAccessKey: {name: %[1]s, key: ACCESS_SECRET_KEY}}}", secret)
+	}
+	type verdict struct {
+		spec   string
+		reason string
+		words  []string
+	}
+	cases := map[string]verdict{
+		"valid":         {"", "Valid", nil},
+		"no-secret":     {selector("gone"), "SecretNotFound", []string{"Secret NS/gone", "create it"}},
+		"no-key":        {selector("half"), "SecretKeyNotFound", []string{"missing key ACCESS_SECRET_KEY", "secret half", "SOMETHING"}},
+		"no-region":     {"configuration: {s3Credentials: {region: {name: keys, key: where}}}", "SecretKeyNotFound", []string{"missing key where", "secret keys"}},
+		"no-ca":         {"configuration: {endpointCA: {name: gone, key: ca.crt}}", "SecretNotFound", []string{"endpointCA", "Secret NS/gone"}},
+		"no-ca-key":     {"configuration: {endpointCA: {name: ca, key: tls.crt}}", "SecretKeyNotFound", []string{"endpointCA", "missing key tls.crt", "secret ca"}},
+		"no-pem":        {"configuration: {endpointCA: {name: ca, key: ca.crt}}", "InvalidConfiguration", []string{"endpointCA (key ca.crt of Secret ca) holds no PEM certificate"}},
+		"argument":      {"configuration: {data: {additionalCommandArgs: [--frobnicate=1]}}", "InvalidConfiguration", []string{"data.additionalCommandArgs", "frobnicate"}},
+		"wal-argument":  {"configuration: {wal: {restoreAdditionalCommandArgs: [--read-timeout=soon]}}", "InvalidConfiguration", []string{"wal.restoreAdditionalCommandArgs", "soon"}},
+		"endpoint":      {"configuration: {endpointURL: 'minio:9000'}", "InvalidConfiguration", []string{"endpointURL", "minio:9000", "http://"}},
+		"old-xz":        {"configuration: {data: {compression: xz}}", "InvalidConfiguration", []string{"data.compression: xz is for WAL only"}},
+		"old-codec":     {"configuration: {wal: {compression: rar}}", "InvalidConfiguration", []string{"wal.compression", "rar"}},
+		"old-azure":     {"configuration: {azureCredentials: {inheritFromAzureAD: true}}", "InvalidConfiguration", []string{"S3 only"}},
+		"old-server":    {"configuration: {serverName: x}", "InvalidConfiguration", []string{"serverName"}},
+		"old-directory": {"configuration: {destinationPath: /backups}", "InvalidConfiguration", []string{"/backups", "s3://bucket"}},
+	}
+	store := func(name string) *unstructured.Unstructured {
+		return a.storeYAML(name, selector("keys"), cmp.Or(cases[name].spec, "{}"))
+	}
+	a.withOldRules(func() {
+		for name := range cases {
+			if strings.HasPrefix(name, "old-") {
+				a.create(store(name))
+			}
+		}
+	})
+	for name := range cases {
+		if !strings.HasPrefix(name, "old-") {
+			a.create(store(name))
+		}
+	}
+	role := store("role")
+	unstructured.SetNestedMap(role.Object, map[string]any{"inheritFromIAMRole": true}, "spec", "configuration", "s3Credentials")
+	a.create(role)
+	cases["role"] = verdict{reason: "Valid"}
+
+	p := a.start(a.install())
+	for name, c := range cases {
+		got := a.ready(name)
+		if got.Reason != c.reason || (got.Status == metav1.ConditionTrue) != (c.reason == "Valid") {
+			t.Errorf("%s: %s, %s: %s; want %s", name, got.Status, got.Reason, got.Message, c.reason)
+		}
+		for _, w := range c.words {
+			if w = strings.ReplaceAll(w, "NS", a.namespace); !strings.Contains(got.Message, w) {
+				t.Errorf("%s: %q does not mention %q", name, got.Message, w)
+			}
+		}
+	}
+	table, err := a.table("objectstores")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"valid s3://backups/ True", "no-secret s3://backups/ False"} {
+		if !strings.Contains(table, want) {
+			t.Errorf("kubectl get shows\n%s\nwithout %q", table, want)
+		}
+	}
+
+	// Each has cost its Secrets and one write; what does not change its worth costs nothing.
+	quiet := len(p.requests.since(0))
+	a.change("ObjectStore", a.namespace, "no-secret", func(store map[string]any) {
+		unstructured.SetNestedField(store, "x", "metadata", "labels", "a")
+	})
+	if _, err := a.client.Resource(objectStores).Namespace(a.namespace).Patch(t.Context(), "valid", types.MergePatchType,
+		[]byte(`{"status":{"serverRecoveryWindow":{"pg":{"lastFailedBackupTime":"2026-01-02T03:04:05Z"}}}}`), metav1.PatchOptions{}, "status"); err != nil {
+		t.Fatal(err)
+	}
+	a.keys("unrelated")
+	a.keys("gone") // a last one that is seen
+	waitFor(t, "the Secret to be noticed", func() bool { return a.ready("no-secret").Status == metav1.ConditionTrue })
+	for _, r := range p.requests.since(quiet) {
+		if r.name == "valid" || r.name == "unrelated" {
+			t.Errorf("a request for nothing: %+v", r)
+		}
+	}
+	if got := a.ready("no-ca"); got.Reason != "SecretKeyNotFound" {
+		t.Errorf("the CA's Secret came without the key: %+v", got)
+	}
+}
+
+// table is what kubectl get shows, a line for each object, its columns joined by blanks.
+func (a *api) table(resource string) (string, error) {
+	config := rest.CopyConfig(a.config)
+	config.GroupVersion, config.APIPath = &schema.GroupVersion{Group: objectStores.Group, Version: "v1"}, "/apis"
+	config.NegotiatedSerializer = scheme.Codecs.WithoutConversion()
+	client, err := rest.RESTClientFor(config)
+	if err != nil {
+		return "", err
+	}
+	body, err := client.Get().Namespace(a.namespace).Resource(resource).SetHeader("Accept", "application/json;as=Table;v=v1;g=meta.k8s.io").DoRaw(a.t.Context())
+	var table metav1.Table
+	if err == nil {
+		err = json.Unmarshal(body, &table)
+	}
+	text := ""
+	for _, row := range table.Rows {
+		for i, cell := range row.Cells {
+			if cell != nil && table.ColumnDefinitions[i].Priority == 0 {
+				text += fmt.Sprint(cell) + " "
+			}
+		}
+		text += "\n"
+	}
+	return text, err
+}
+
+// However many replicas there are, a transition is written once, and each Cluster that uses
+// the store hears of it once.
+func TestAPITransitionsAreToldOnce(t *testing.T) {
+	a := testAPI(t)
+	namespace := a.install()
+	a.keys("store-a-keys")
+	a.create(a.storeYAML("store-a"))
+	replicas := []*plugin{a.start(namespace), a.start(namespace), a.start(namespace)}
+	for i, name := range []string{"pg-1", "pg-2"} {
+		cluster := a.cluster(name, archives)
+		cluster.SetUID(types.UID("uid-of-" + name))
+		replicas[i].mustProceed(cluster)
+	}
+	a.create(a.storeYAML("store-b")) // nobody's
+	a.ready("store-b")
+	for range 2 {
+		before, since := a.ready("store-a"), len(a.events())
+		if before.Status != metav1.ConditionTrue {
+			t.Fatalf("%+v", before)
+		}
+		a.remove("Secret", a.namespace, "store-a-keys")
+		waitFor(t, "the store to be unusable", func() bool { return a.ready("store-a").Status == metav1.ConditionFalse })
+		waitFor(t, "both Clusters to be told", func() bool { return len(a.events()) >= since+2 })
+		a.keys("store-a-keys")
+		waitFor(t, "the store to be usable", func() bool { return a.ready("store-a").Status == metav1.ConditionTrue })
+		if got := a.events()[since:]; len(got) != 2 || !strings.Contains(got[0], "Secret "+a.namespace+"/store-a-keys: not found: create it") {
+			t.Errorf("events %q", got)
+		}
+	}
+	written := 0
+	for _, p := range replicas {
+		for _, r := range p.requests.since(0) {
+			if r.verb == "patch" && r.name == "store-a" && r.code == http.StatusOK {
+				written++
+			}
+		}
+	}
+	if written != 5 { // ready, and two times away and back
+		t.Errorf("the condition was written %d times", written)
+	}
+	// A Cluster that comes to a store that is not ready hears of it from Pre, once.
+	since := len(a.events())
+	newcomer := a.cluster("new", strings.ReplaceAll(archives, "store-a", "store-b"))
+	for range 3 {
+		replicas[2].mustProceed(newcomer)
+	}
+	if got := a.events()[since:]; len(got) != 1 || !strings.Contains(got[0], "Secret "+a.namespace+"/store-b-keys") {
+		t.Errorf("events %q", got)
+	}
+}
+
 // The Role follows the ObjectStores without any reconciliation of the Cluster.
 func TestAPIRoleFollowsTheObjectStores(t *testing.T) {
 	a := testAPI(t)
 	p := a.start(a.install())
 	a.create(a.storeYAML("store-a"))
-	store := a.create(a.storeYAML("store-b"))
+	a.create(a.storeYAML("store-b"))
 	p.mustProceed(a.cluster("pg", archives+recovers))
 	grants := func(resource string) (names []string) {
 		for _, rule := range as[rbacv1.Role](t, a.read("Role", a.namespace, "pg-barman-cloud")).Rules {
@@ -1188,10 +1485,9 @@ func TestAPIRoleFollowsTheObjectStores(t *testing.T) {
 	}
 	wait("the start", "store-a-keys", "store-b-keys")
 
-	unstructured.SetNestedField(store.Object, "new", "spec", "configuration", "s3Credentials", "secretAccessKey", "name")
-	if _, err := a.on(store).Update(t.Context(), store, metav1.UpdateOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	a.change("ObjectStore", a.namespace, "store-b", func(store map[string]any) {
+		unstructured.SetNestedField(store, "new", "spec", "configuration", "s3Credentials", "secretAccessKey", "name")
+	})
 	wait("a change of the store", "new", "store-a-keys", "store-b-keys")
 	a.remove("ObjectStore", a.namespace, "store-b")
 	wait("its deletion", "store-a-keys")
@@ -1736,7 +2032,7 @@ func TestOperatorNeedsItsSettings(t *testing.T) {
 		{[]string{"SIDECAR_IMAGE= "}, nil, "missing required SIDECAR_IMAGE environment variable"},
 		{[]string{"SIDECAR_IMAGE=x", "SIDECAR_IMAGE_PULL_POLICY=Sometimes"}, nil, "set Always, IfNotPresent or Never"},
 		{[]string{"SIDECAR_IMAGE=x", "NAMESPACE="}, nil, "set NAMESPACE"},
-		{nil, []string{"extra"}, "unexpected argument"},
+		{nil, []string{"extra"}, "takes 0 arguments"},
 	} {
 		r := runProgram(t, append([]string{"SIDECAR_IMAGE="}, c.env...), append([]string{"operator"}, c.args...)...)
 		if r.Code == 0 || !strings.Contains(r.Stdout+r.Stderr, c.want) {

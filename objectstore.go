@@ -157,8 +157,10 @@ type DataConfiguration struct {
 	RestoreAdditionalCommandArgs []string `json:"restoreAdditionalCommandArgs,omitempty"`
 }
 
-// ObjectStoreStatus is written by the sidecars, each under its own server name.
+// ObjectStoreStatus is written by the sidecars, each under its own server name; the
+// conditions are the operator mode's.
 type ObjectStoreStatus struct {
+	Conditions           []metav1.Condition        `json:"conditions,omitempty"`
 	ServerRecoveryWindow map[string]RecoveryWindow `json:"serverRecoveryWindow,omitempty"`
 	Servers              map[string]ServerStatus   `json:"servers,omitempty"`
 }
@@ -429,19 +431,22 @@ func ResolveStore(o *ObjectStore, serverName string, secret func(SecretKeySelect
 	case cred.SecretAccessKey == nil:
 		return fail("missing secret access key: set s3Credentials.secretAccessKey")
 	default:
-		for sel, value := range map[*SecretKeySelector]*string{
-			cred.AccessKeyID: &c.AccessKeyID, cred.SecretAccessKey: &c.SecretAccessKey,
-			cred.SessionToken: &c.SessionToken, cred.Region: &c.Region,
+		for _, field := range []struct {
+			selector *SecretKeySelector
+			value    *string
+		}{
+			{cred.AccessKeyID, &c.AccessKeyID}, {cred.SecretAccessKey, &c.SecretAccessKey},
+			{cred.SessionToken, &c.SessionToken}, {cred.Region, &c.Region},
 		} {
-			if sel == nil {
+			if field.selector == nil {
 				continue
 			}
-			b, err := secret(*sel)
+			b, err := secret(*field.selector)
 			if err != nil {
 				return StoreConfig{}, fmt.Errorf("ObjectStore %s: %w", name, err)
 			}
 			// A trailing newline from `echo key | base64` is never part of a key.
-			*value = strings.TrimSpace(string(b))
+			*field.value = strings.TrimSpace(string(b))
 		}
 	}
 	if conf.EndpointCA != nil {
@@ -620,6 +625,19 @@ type Store struct {
 
 // OpenStore makes the S3 client for a configuration. It sends nothing.
 func OpenStore(ctx context.Context, c StoreConfig) (*Store, error) {
+	s, err := newStore(c)
+	if err != nil {
+		return nil, err
+	}
+	if s.client, err = s.newClient(ctx); err != nil {
+		return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
+	}
+	return s, nil
+}
+
+// newStore is a Store that has no client yet: everything that can be told to be wrong
+// with a configuration without a network is told here.
+func newStore(c StoreConfig) (*Store, error) {
 	s := &Store{Config: c}
 	var err error
 	if s.bucket, s.prefix, err = splitDestination(c.Configuration.DestinationPath); err != nil {
@@ -655,8 +673,11 @@ func OpenStore(ctx context.Context, c StoreConfig) (*Store, error) {
 	if conf.Data.Compression == "xz" { // Barman has no such base backups
 		return nil, fmt.Errorf("ObjectStore %s: data.compression: xz is for WAL only: choose bzip2, gzip, lz4, snappy or zstd", c.Name)
 	}
-	if s.client, err = s.newClient(ctx); err != nil {
-		return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
+	if u, err := url.Parse(conf.EndpointURL); err != nil || conf.EndpointURL != "" && (u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
+		return nil, fmt.Errorf("ObjectStore %s: endpointURL %q is not http://HOST[:PORT] or https://HOST[:PORT]", c.Name, conf.EndpointURL)
+	}
+	if len(c.CA) > 0 && !x509.NewCertPool().AppendCertsFromPEM(c.CA) {
+		return nil, fmt.Errorf("ObjectStore %s: endpointCA (key %s of Secret %s) holds no PEM certificate", c.Name, conf.EndpointCA.Key, conf.EndpointCA.Name)
 	}
 	return s, nil
 }
@@ -727,9 +748,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		if err != nil {
 			pool = x509.NewCertPool()
 		}
-		if !pool.AppendCertsFromPEM(s.Config.CA) {
-			return nil, fmt.Errorf("endpointCA (key %s of Secret %s) holds no PEM certificate", conf.EndpointCA.Key, conf.EndpointCA.Name)
-		}
+		pool.AppendCertsFromPEM(s.Config.CA)
 		// The SDK may have put another client there, with the roots of AWS_CA_BUNDLE.
 		if b, ok := cfg.HTTPClient.(*awshttp.BuildableClient); ok {
 			cfg.HTTPClient = b.WithTransportOptions(func(t *http.Transport) { t.TLSClientConfig.RootCAs = pool })

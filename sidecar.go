@@ -45,7 +45,6 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	kubeyaml "k8s.io/apimachinery/pkg/util/yaml"
-	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
@@ -124,7 +123,11 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 		return fmt.Errorf("listen on the plugin socket: %w", err)
 	}
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(logRequests, recoverPanics, cancelBackups(ctx)))
-	identity.RegisterIdentityServer(server, &sidecarIdentity{})
+	identity.RegisterIdentityServer(server, announce(
+		identity.PluginCapability_Service_TYPE_WAL_SERVICE,
+		identity.PluginCapability_Service_TYPE_BACKUP_SERVICE,
+		identity.PluginCapability_Service_TYPE_RESTORE_JOB,
+		identity.PluginCapability_Service_TYPE_METRICS))
 	wal.RegisterWALServer(server, walFiles)
 	report := walFiles.report
 	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance, pgdata: pgdata, report: report})
@@ -180,40 +183,6 @@ func cancelBackups(ctx context.Context) grpc.UnaryServerInterceptor {
 		defer context.AfterFunc(ctx, cancel)()
 		return handle(requestContext, request)
 	}
-}
-
-// ---------------------------------------------------------------------------
-// Identity
-// ---------------------------------------------------------------------------
-
-// sidecarIdentity serves the handshake, which comes before each WAL file: its answers are constants.
-type sidecarIdentity struct {
-	identity.UnimplementedIdentityServer
-}
-
-var (
-	sidecarMetadata     = sync.OnceValue(pluginMetadata)
-	sidecarCapabilities = pluginCapabilities(
-		identity.PluginCapability_Service_TYPE_WAL_SERVICE,
-		identity.PluginCapability_Service_TYPE_BACKUP_SERVICE,
-		identity.PluginCapability_Service_TYPE_RESTORE_JOB,
-		identity.PluginCapability_Service_TYPE_METRICS)
-	sidecarReady = &identity.ProbeResponse{Ready: true}
-)
-
-// GetPluginMetadata says who this is.
-func (*sidecarIdentity) GetPluginMetadata(context.Context, *identity.GetPluginMetadataRequest) (*identity.GetPluginMetadataResponse, error) {
-	return sidecarMetadata(), nil
-}
-
-// GetPluginCapabilities says which services there are.
-func (*sidecarIdentity) GetPluginCapabilities(context.Context, *identity.GetPluginCapabilitiesRequest) (*identity.GetPluginCapabilitiesResponse, error) {
-	return sidecarCapabilities, nil
-}
-
-// Probe says that the process is alive.
-func (*sidecarIdentity) Probe(context.Context, *identity.ProbeRequest) (*identity.ProbeResponse, error) {
-	return sidecarReady, nil
 }
 
 // ---------------------------------------------------------------------------
@@ -1480,7 +1449,7 @@ func (f *fileSource) UpdateStatus(_ context.Context, ref StoreRef, change func(*
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	old := f.status[ref.ObjectStore] // readers may have it: its maps are not changed
-	st := ObjectStoreStatus{map[string]RecoveryWindow{}, map[string]ServerStatus{}}
+	st := ObjectStoreStatus{ServerRecoveryWindow: map[string]RecoveryWindow{}, Servers: map[string]ServerStatus{}}
 	maps.Copy(st.ServerRecoveryWindow, old.ServerRecoveryWindow)
 	maps.Copy(st.Servers, old.Servers)
 	w, server := st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName]
@@ -1605,30 +1574,10 @@ func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResour
 
 // follow starts the watch of one object, for the life of the source.
 func (k *kubeSource) follow(w *objectWatch, resource schema.GroupVersionResource, name string) {
-	byName := fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()
-	client := k.client.Resource(resource).Namespace(k.namespace)
-	store, controller := cache.NewInformerWithOptions(cache.InformerOptions{
-		ListerWatcher: &cache.ListWatch{
-			ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-				o.FieldSelector = byName
-				return client.List(ctx, o)
-			},
-			WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-				o.FieldSelector = byName
-				return client.Watch(ctx, o)
-			},
-		},
-		ObjectType: &unstructured.Unstructured{},
-		Handler:    cache.ResourceEventHandlerFuncs{},
-		Transform: func(o any) (any, error) { // what only kubectl reads need not stay in memory
-			if u, ok := o.(*unstructured.Unstructured); ok {
-				u.SetManagedFields(nil)
-			}
-			return o, nil
-		},
-	})
-	w.store, w.synced = store, controller.HasSynced
-	go controller.RunWithContext(k.life)
+	i := informer(k.client.Resource(resource).Namespace(k.namespace),
+		metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()})
+	w.store, w.synced = i.GetStore(), i.HasSynced
+	go i.RunWithContext(k.life)
 }
 
 func (k *kubeSource) objectStore(ctx context.Context, name string) (*ObjectStore, error) {
@@ -1684,7 +1633,7 @@ func (k *kubeSource) UpdateStatus(ctx context.Context, ref StoreRef, change func
 		return err
 	}
 	own := func(w RecoveryWindow, s ServerStatus) (m map[string]any, err error) {
-		text, err := json.Marshal(ObjectStoreStatus{map[string]RecoveryWindow{ref.ServerName: w}, map[string]ServerStatus{ref.ServerName: s}})
+		text, err := json.Marshal(ObjectStoreStatus{ServerRecoveryWindow: map[string]RecoveryWindow{ref.ServerName: w}, Servers: map[string]ServerStatus{ref.ServerName: s}})
 		if err == nil {
 			err = json.Unmarshal(text, &m)
 		}
@@ -1757,7 +1706,7 @@ func (k *kubeSource) Tell(ctx context.Context, eventType, reason, message string
 	if err != nil {
 		return err
 	}
-	object, err := runtime.DefaultUnstructuredConverter.ToUnstructured(clusterEvent(c, eventType, reason, message))
+	object, err := runtime.DefaultUnstructuredConverter.ToUnstructured(clusterEvent(c.reference(), eventType, reason, message))
 	if err != nil {
 		return err
 	}
