@@ -114,14 +114,16 @@ func takeBackup(ctx context.Context, s *Store, o backupOptions) (_ *BackupInfo, 
 		return nil, fmt.Errorf("back up: %w", err)
 	}
 	defer session.close()
-	if err := session.inspect(ctx); err != nil {
+	info, err := session.inspect(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("back up: %w", err)
 	}
 	id, err := nextBackupID(ctx, s)
 	if err != nil {
 		return nil, fmt.Errorf("back up: choose a backup id: %w", err)
 	}
-	b, err := newBaseBackup(s, o, session, id)
+	info.ID, info.BackupName = id, o.Name
+	b, err := newBaseBackup(s, o, session, info)
 	if err != nil {
 		return nil, fmt.Errorf("backup %s: %w", id, err)
 	}
@@ -183,9 +185,9 @@ type baseBackup struct {
 	archives []*archive
 }
 
-func newBaseBackup(s *Store, o backupOptions, session *session, id string) (*baseBackup, error) {
+func newBaseBackup(s *Store, o backupOptions, session *session, info *BackupInfo) (*baseBackup, error) {
 	conf := s.Config.Configuration.Data
-	b := &baseBackup{store: s, o: o, session: session, began: time.Now(), jobs: s.jobs()}
+	b := &baseBackup{store: s, o: o, session: session, info: info, began: time.Now(), jobs: s.jobs()}
 	var err error
 	if b.codec, err = codecByName(conf.Compression); err != nil {
 		return nil, err
@@ -194,13 +196,8 @@ func newBaseBackup(s *Store, o backupOptions, session *session, id string) (*bas
 		b.limiter = rate.NewLimiter(rate.Limit(bandwidth), bandwidthBurst)
 	}
 	// A data directory that is itself a symbolic link is followed.
-	if b.pgdata, err = filepath.EvalSymlinks(cmp.Or(o.PGData, session.dataDirectory)); err != nil {
+	if b.pgdata, err = filepath.EvalSymlinks(cmp.Or(o.PGData, info.PGData)); err != nil {
 		return nil, fmt.Errorf("the data directory of the server is not visible to this process: %w", err)
-	}
-	b.info = &BackupInfo{
-		ID: id, BackupName: o.Name, ServerName: "cloud", Version: session.version, SystemID: session.systemID,
-		PGData: session.dataDirectory, ConfigFile: session.configFile, HBAFile: session.hbaFile, IdentFile: session.identFile,
-		IncludedFiles: session.includedFiles, WALSegmentSize: session.segmentSize, Timeline: session.timeline,
 	}
 	return b, nil
 }
@@ -404,20 +401,13 @@ func (b *baseBackup) stored() (n int64) {
 type session struct {
 	conn *pgconn.PgConn
 
-	version, major, catalog int // server_version_num, its major part, catalog version
-	dataDirectory           string
-	configFile              string
-	hbaFile, identFile      string
-	includedFiles           []string
-	inRecovery              bool
-	systemID                string
-	segmentSize             int64 // bytes
-	timeline                int
-	size                    int64 // bytes, of all tablespaces
-	checkpointDuration      time.Duration
-	checksums               bool  // data_checksums
-	blockSize               int64 // bytes
-	blocksPerFile           int64 // segment_size: a larger relation goes on in FILENODE.1, .2, ...
+	major, catalog     int // version, and that of the catalog
+	inRecovery         bool
+	size               int64 // bytes, of all tablespaces
+	checkpointDuration time.Duration
+	checksums          bool  // data_checksums
+	blockSize          int64 // bytes
+	blocksPerFile      int64 // segment_size: a larger relation goes on in FILENODE.1, .2, ...
 }
 
 func openSession(ctx context.Context, connection string) (*session, error) {
@@ -474,8 +464,8 @@ func (s *session) close() {
 	}
 }
 
-// inspect reads what a backup needs to know of the server.
-func (s *session) inspect(ctx context.Context) error {
+// inspect reads what a backup needs to know of the server, and returns what backup.info says of it.
+func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
 	setup := "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
 	if v, err := strconv.Atoi(strings.SplitN(s.conn.ParameterStatus("server_version"), ".", 2)[0]); err == nil && v >= 14 {
 		setup += "SET idle_session_timeout = 0;" // the session is idle while files are copied
@@ -493,35 +483,35 @@ func (s *session) inspect(ctx context.Context) error {
 			(SELECT setting FROM pg_settings WHERE name = 'segment_size')
 		FROM pg_control_system()`)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	row, archiveMode := rows[0], rows[0][6]
-	s.dataDirectory, s.configFile, s.hbaFile, s.identFile = row[1], row[2], row[3], row[4]
-	s.inRecovery, s.systemID, s.checksums = row[5] == "t", row[8], row[13] == "on"
+	info := &BackupInfo{ServerName: "cloud", PGData: row[1], ConfigFile: row[2], HBAFile: row[3], IdentFile: row[4], SystemID: row[8]}
+	s.inRecovery, s.checksums = row[5] == "t", row[13] == "on"
 	var seconds float64
 	for _, number := range []struct {
 		text string
 		into any
-	}{{row[0], &s.version}, {row[7], &s.segmentSize}, {row[9], &s.catalog}, {row[10], &s.timeline}, {row[11], &s.size}, {row[12], &seconds},
+	}{{row[0], &info.Version}, {row[7], &info.WALSegmentSize}, {row[9], &s.catalog}, {row[10], &info.Timeline}, {row[11], &s.size}, {row[12], &seconds},
 		{row[14], &s.blockSize}, {row[15], &s.blocksPerFile}} {
 		if _, err := fmt.Sscan(number.text, number.into); err != nil {
-			return fmt.Errorf("%w: %q where a number is expected: %w", errServer, number.text, err)
+			return nil, fmt.Errorf("%w: %q where a number is expected: %w", errServer, number.text, err)
 		}
 	}
 	s.checkpointDuration = time.Duration(seconds * float64(time.Second)).Round(time.Second)
-	s.major = s.version / 10000
+	s.major = info.Version / 10000
 	if s.major < oldestPostgreSQL {
-		return fmt.Errorf("%w: version %d is older than %d", errSetup, s.major, oldestPostgreSQL)
+		return nil, fmt.Errorf("%w: version %d is older than %d", errSetup, s.major, oldestPostgreSQL)
 	}
 	if !s.inRecovery && archiveMode == "off" {
-		return fmt.Errorf("%w: archive_mode is off, and without its WAL no backup can be restored: set archive_mode and archive_command", errSetup)
+		return nil, fmt.Errorf("%w: archive_mode is off, and without its WAL no backup can be restored: set archive_mode and archive_command", errSetup)
 	}
 	rows, err = s.query(ctx, `SELECT DISTINCT sourcefile FROM pg_settings
 		WHERE sourcefile IS NOT NULL AND sourcefile <> current_setting('config_file') ORDER BY 1`)
 	for _, row := range rows {
-		s.includedFiles = append(s.includedFiles, row[0])
+		info.IncludedFiles = append(info.IncludedFiles, row[0])
 	}
-	return err
+	return info, err
 }
 
 // startBackup enters backup mode and sets the begin of the backup and the tablespaces in info.
@@ -656,7 +646,7 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 		default:
 			// An archiver with a backlog comes to the WAL of the backup late, but it comes;
 			// one that is past it already archives to another place.
-			if now := b.lastArchived(ctx); len(left) < len(names) || now != archived && now < names[0] {
+			if now, _ := b.archiver(ctx); len(left) < len(names) || now != archived && now < names[0] {
 				archived, moved = now, time.Now()
 			}
 			names = left
@@ -669,8 +659,9 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 			return names, nil
 		}
 		if time.Since(moved) >= b.o.WALTimeout {
+			_, state := b.archiver(ctx)
 			return nil, fmt.Errorf("%w: %s (the first of %d missing files; the backup needs %s to %s) is not in %s after %s: %s",
-				errWALMissing, names[0], len(names), first, last, b.store.URL(b.store.key("wals/")), waited.Round(time.Second), b.archiverState(ctx))
+				errWALMissing, names[0], len(names), first, last, b.store.URL(b.store.key("wals/")), waited.Round(time.Second), state)
 		}
 		if time.Since(reported) >= b.o.ReportEvery {
 			reported = time.Now()
@@ -681,19 +672,6 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 			return nil, err
 		}
 	}
-}
-
-// lastArchived is the file that the server's archiver has stored last; "" on a standby, or
-// when the server does not say.
-func (b *baseBackup) lastArchived(ctx context.Context) string {
-	if b.session.inRecovery {
-		return ""
-	}
-	rows, err := b.session.query(ctx, "SELECT last_archived_wal FROM pg_stat_archiver")
-	if err != nil {
-		return "" // what counts is whether the WAL arrives
-	}
-	return rows[0][0]
 }
 
 // missingWAL takes the names that the archive has off the beginning of the list. It
@@ -727,17 +705,20 @@ func walListPrefix(s *Store, name string) string {
 	return path.Dir(s.walPrefix(name)) + "/"
 }
 
-// archiverState says where to look when WAL does not arrive.
-func (b *baseBackup) archiverState(ctx context.Context) string {
+// archiver asks the server what it last archived, and where to look when WAL does not
+// arrive. The former is "" on a standby, or when the server does not say: what counts is
+// whether the WAL arrives.
+func (b *baseBackup) archiver(ctx context.Context) (last, state string) {
 	if b.session.inRecovery {
-		return "see why the primary does not archive it (its log, its pg_stat_archiver, and the log of container plugin-barman-cloud in its Pod)"
+		return "", "see why the primary does not archive it (its log, its pg_stat_archiver, and the log of container plugin-barman-cloud in its Pod)"
 	}
-	rows, err := b.session.query(ctx, "SELECT coalesce(last_archived_wal, 'nothing'), coalesce(last_failed_wal, 'nothing') FROM pg_stat_archiver")
+	rows, err := b.session.query(ctx, "SELECT last_archived_wal, coalesce(last_failed_wal, 'nothing') FROM pg_stat_archiver")
 	if err != nil {
-		return "see why it is not archived (log of the server): " + err.Error()
+		return "", "see why it is not archived (log of the server): " + err.Error()
 	}
-	return fmt.Sprintf("pg_stat_archiver says that the server last archived %s and last failed to archive %s; see its log, and that of the archive_command",
-		rows[0][0], rows[0][1])
+	last = rows[0][0]
+	return last, fmt.Sprintf("pg_stat_archiver says that the server last archived %s and last failed to archive %s; see its log, and that of the archive_command",
+		cmp.Or(last, "nothing"), rows[0][1])
 }
 
 // ---------------------------------------------------------------------------

@@ -529,19 +529,12 @@ type listRow struct {
 
 func listRows(c *Catalog, sizes map[string]int64) []listRow {
 	rows := []listRow{}
-	for _, b := range c.Backups {
+	for _, b := range c.all() {
 		rows = append(rows, listRow{ID: b.ID, Name: b.BackupName, Status: b.Status, Error: b.Error,
 			BeginTime: timestamp(b.BeginTime), EndTime: timestamp(b.EndTime), Timeline: b.Timeline,
 			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: sizes[b.ID],
 			BadPageCount: b.BadPageCount, BadPages: b.BadPages})
 	}
-	for _, id := range c.Incomplete {
-		rows = append(rows, listRow{ID: id, Status: "INCOMPLETE", Size: sizes[id]})
-	}
-	for id, err := range c.Unreadable {
-		rows = append(rows, listRow{ID: id, Status: "UNREADABLE", Error: err.Error(), Size: sizes[id]})
-	}
-	slices.SortFunc(rows, func(a, b listRow) int { return strings.Compare(a.ID, b.ID) })
 	return rows
 }
 

@@ -2278,6 +2278,19 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 	return c, nil
 }
 
+// all lists every backup in the order of the ids, those without a backup.info that can be read too.
+func (c *Catalog) all() []*BackupInfo {
+	all := slices.Clone(c.Backups)
+	for _, id := range c.Incomplete {
+		all = append(all, &BackupInfo{ID: id, Status: "INCOMPLETE"})
+	}
+	for id, err := range c.Unreadable {
+		all = append(all, &BackupInfo{ID: id, Status: "UNREADABLE", Error: err.Error()})
+	}
+	slices.SortFunc(all, func(a, b *BackupInfo) int { return strings.Compare(a.ID, b.ID) })
+	return all
+}
+
 // BackupSizes sums up the bytes that the objects of each backup take in the bucket.
 func (s *Store) BackupSizes(ctx context.Context) (map[string]int64, error) {
 	sizes := map[string]int64{}

@@ -1307,32 +1307,20 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 	if err != nil {
 		return nil, err
 	}
-	add := func(b *verifiedBackup) {
+	for _, b := range catalog.all() {
 		if id == "" || b.ID == id {
-			v.Backups = append(v.Backups, b)
+			verified := &verifiedBackup{ID: b.ID, Status: b.Status, BadPages: b.BadPageCount, info: b}
+			v.problem(&verified.Problems, catalog.Unreadable[b.ID])
+			v.Backups = append(v.Backups, verified)
 		}
-	}
-	for _, b := range catalog.Backups {
-		add(&verifiedBackup{ID: b.ID, Status: b.Status, BadPages: b.BadPageCount, info: b})
-	}
-	for _, missing := range catalog.Incomplete {
-		add(&verifiedBackup{ID: missing, Status: "INCOMPLETE"})
-	}
-	for bad, err := range catalog.Unreadable {
-		b := &verifiedBackup{ID: bad, Status: "UNREADABLE"}
-		if id == "" || bad == id {
-			v.problem(&b.Problems, err)
-		}
-		add(b)
 	}
 	if id != "" && len(v.Backups) == 0 {
 		return nil, fmt.Errorf("%w: there is no backup %s at %s", errNoBackup, id, s.URL(s.key("base/")))
 	}
-	slices.SortFunc(v.Backups, func(a, b *verifiedBackup) int { return strings.Compare(a.ID, b.ID) })
 
 	var done []*verifiedBackup
 	for _, b := range v.Backups {
-		if b.info == nil || !b.info.Done() {
+		if !b.info.Done() {
 			continue
 		}
 		done = append(done, b)

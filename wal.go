@@ -1233,14 +1233,14 @@ func (p *prefetcher) known(s *Store, name string, canStream bool) error {
 	return nil
 }
 
-// notFound notes that a WAL file is not there.
+// notFound notes that a WAL file is not there. Of the ends that prefetches find the first counts.
 func (p *prefetcher) notFound(s *Store, name string, ahead bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !ahead {
-		p.source = s.walDestination()
+	if ahead && (p.source != s.walDestination() || p.ahead && p.missing != "" && p.missing < name && time.Since(p.since) < streamEndLife) {
+		return
 	}
-	p.missing, p.ahead, p.since = name, ahead, time.Now()
+	p.source, p.missing, p.ahead, p.since = s.walDestination(), name, ahead, time.Now()
 }
 
 // follow starts to fetch what comes after a segment of that size, up to maxParallel
@@ -1293,23 +1293,12 @@ func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64)
 			case e.err == nil || ctx.Err() != nil:
 				return
 			case errors.Is(e.err, errNotFound):
-				p.end(s, next)
+				p.notFound(s, next, true)
 			default:
 				slog.Debug("A WAL file could not be prefetched", "walName", next, "error", e.err)
 			}
 			p.forget(next, e)
 		})
-	}
-}
-
-// end notes the end of the archive that a prefetch has found: the first missing segment counts.
-func (p *prefetcher) end(s *Store, name string) {
-	p.mu.Lock()
-	earlier := p.missing != "" && p.ahead && p.missing < name && time.Since(p.since) < streamEndLife
-	current := p.source == s.walDestination()
-	p.mu.Unlock()
-	if current && !earlier {
-		p.notFound(s, name, true)
 	}
 }
 
