@@ -494,51 +494,47 @@ type commandArgs struct {
 // parseCommandArgs reads one of the additionalCommandArgs lists. Both spellings work,
 // --flag=value in one element and --flag, value in two. An unknown argument is an error that names it.
 func parseCommandArgs(field string, args []string) (commandArgs, error) {
-	var c commandArgs
+	c := commandArgs{Tablespaces: map[string]string{}, Tags: map[string]string{}, HistoryTags: map[string]string{}}
 	fs := flag.NewFlagSet(field, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	str := func(p *string, allowed []string, names ...string) {
+	add := func(set func(string) error, names ...string) {
 		for _, n := range names {
-			fs.Func(n, "", func(v string) error {
-				if allowed != nil && !slices.Contains(allowed, v) {
-					return fmt.Errorf("must be one of %s", strings.Join(allowed, ", "))
-				}
-				*p = v
-				return nil
-			})
+			fs.Func(n, "", set)
 		}
 	}
-	size := func(p *int64, names ...string) {
-		for _, n := range names {
-			fs.Func(n, "", func(v string) (err error) { *p, err = parseSize(v); return err })
+	text := func(p *string, allowed ...string) func(string) error {
+		return func(v string) error {
+			if allowed != nil && !slices.Contains(allowed, v) {
+				return fmt.Errorf("must be one of %s", strings.Join(allowed, ", "))
+			}
+			*p = v
+			return nil
 		}
 	}
-	pairs := func(m *map[string]string, separator string, names ...string) {
-		for _, n := range names {
-			fs.Func(n, "", func(v string) error {
-				k, val, ok := strings.Cut(v, separator)
-				if !ok {
-					return fmt.Errorf("must be KEY%sVALUE", separator)
-				}
-				if *m == nil {
-					*m = map[string]string{}
-				}
-				(*m)[k] = val
-				return nil
-			})
+	size := func(p *int64) func(string) error {
+		return func(v string) (err error) { *p, err = parseSize(v); return err }
+	}
+	pairs := func(m map[string]string, separator string) func(string) error {
+		return func(v string) error {
+			key, value, ok := strings.Cut(v, separator)
+			if !ok {
+				return fmt.Errorf("must be KEY%sVALUE", separator)
+			}
+			m[key] = value
+			return nil
 		}
 	}
-	str(&c.AddressingStyle, []string{"auto", "path", "virtual"}, "addressing-style")
-	str(&c.Profile, nil, "aws-profile", "P", "profile")
-	str(&c.Encryption, []string{"AES256", "aws:kms"}, "encryption", "e")
-	str(&c.KMSKeyID, nil, "sse-kms-key-id")
-	str(&c.CompressionLevel, nil, "compression-level")
-	size(&c.MinChunkSize, "min-chunk-size")
-	size(&c.MaxArchiveSize, "max-archive-size", "S")
-	size(&c.MaxBandwidth, "max-bandwidth")
-	pairs(&c.Tablespaces, ":", "tablespace")
-	pairs(&c.Tags, ",", "tag", "tags")
-	pairs(&c.HistoryTags, ",", "history-tag", "history-tags")
+	add(text(&c.AddressingStyle, "auto", "path", "virtual"), "addressing-style")
+	add(text(&c.Profile), "aws-profile", "P", "profile")
+	add(text(&c.Encryption, "AES256", "aws:kms"), "encryption", "e")
+	add(text(&c.KMSKeyID), "sse-kms-key-id")
+	add(text(&c.CompressionLevel), "compression-level")
+	add(size(&c.MinChunkSize), "min-chunk-size")
+	add(size(&c.MaxArchiveSize), "max-archive-size", "S")
+	add(size(&c.MaxBandwidth), "max-bandwidth")
+	add(pairs(c.Tablespaces, ":"), "tablespace")
+	add(pairs(c.Tags, ","), "tag", "tags")
+	add(pairs(c.HistoryTags, ","), "history-tag", "history-tags")
 	fs.BoolVar(&c.NoPartial, "no-partial", false, "")
 	fs.Func("read-timeout", "", func(v string) error {
 		n, err := strconv.Atoi(v)
@@ -550,11 +546,10 @@ func parseCommandArgs(field string, args []string) (commandArgs, error) {
 	})
 	// Accepted for the sake of old manifests, without effect here: verbosity is the
 	// sidecar's log level; the others are settings of Azure and of Python's thread pool.
-	var ignored string
 	for _, n := range []string{"v", "verbose", "vv", "q", "quiet", "qq"} {
 		fs.Bool(n, false, "")
 	}
-	str(&ignored, nil, "max-concurrency", "max-single-put-size", "max-block-size", "cloud-provider")
+	add(text(new(string)), "max-concurrency", "max-single-put-size", "max-block-size", "cloud-provider")
 
 	if err := fs.Parse(args); err != nil {
 		return c, fmt.Errorf("%s: %w", field, err)
@@ -1234,36 +1229,24 @@ func (r *objectReader) open() error {
 	return nil
 }
 
-func (r *objectReader) Read(p []byte) (int, error) {
+func (r *objectReader) Read(p []byte) (n int, err error) {
 	for {
 		if r.body == nil { // broken before: go on where it stopped
-			if err := r.open(); errors.Is(err, errTransient) {
-				if err = r.retry(err); err != nil {
-					return 0, err
-				}
-				continue
-			} else if err != nil {
+			if err = r.open(); err != nil && !errors.Is(err, errTransient) {
 				return 0, err
 			}
 		}
-		r.watchdog.Reset(bodyStall)
-		n, err := r.body.Read(p)
-		r.watchdog.Stop()
-		r.offset += int64(n)
-		if n > 0 {
-			r.failures = 0
-			if err != io.EOF {
-				err = nil // if it is broken the next read will tell
-			}
+		if r.body != nil {
+			r.watchdog.Reset(bodyStall)
+			n, err = r.body.Read(p)
+			r.watchdog.Stop()
 		}
 		switch {
-		case err == nil:
+		case n > 0: // what else there is to say comes with the next Read
+			r.offset, r.failures = r.offset+int64(n), 0
 			return n, nil
-		case err == io.EOF && r.offset == r.Size:
-			return n, io.EOF
-		case err == io.EOF && n > 0:
-			r.close()
-			return n, nil
+		case err == nil, err == io.EOF && r.offset == r.Size:
+			return 0, err
 		}
 		if err := r.retry(err); err != nil {
 			return 0, err

@@ -139,7 +139,7 @@ func TestCommandArgs(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), "data.additionalCommandArgs") {
 				t.Errorf("%q: %v, want %q", c.args, err, c.says)
 			}
-		} else if err != nil || !reflect.DeepEqual(got, c.want) {
+		} else if err != nil || fmt.Sprintf("%+v", got) != fmt.Sprintf("%+v", c.want) {
 			t.Errorf("%q: %+v, %v, want %+v", c.args, got, err, c.want)
 		}
 	}
