@@ -1,5 +1,5 @@
 # Targets of people: build, demo, image, deploy-manifest.
-# Of the project: test, test-api, e2e; and their parts deps, tools, check, check-manifest.
+# Of the project: test, test-api, bench-api, e2e; and their parts deps, tools, check, check-manifest.
 
 VERSION   ?= 0.1.0
 ARCH      ?= amd64
@@ -12,7 +12,7 @@ export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 
 BINARY  := bin/cnpg-barman-s3
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build image deploy-manifest check-manifest test-api demo test test-versions e2e deps tools check
+.PHONY: build image deploy-manifest check-manifest test-api bench-api demo test test-versions e2e deps tools check
 
 # The static binary of this machine.
 build:
@@ -40,6 +40,11 @@ check-manifest:
 test-api: check-manifest
 	@test -n "$(TEST_API_KUBECONFIG)" || { echo "set TEST_API_KUBECONFIG to the kubeconfig of a disposable API server" >&2; exit 1; }
 	KUBECONFIG_API=$(TEST_API_KUBECONFIG) hack/gotest.sh -count=1 -run '^TestAPI' .
+
+# How long the answers to the operator take, and what they cost, with many Clusters.
+bench-api:
+	KUBECONFIG_API=$(TEST_API_KUBECONFIG) API_CLUSTERS=500 API_STORES=200 \
+	  go test -v -count=1 -run '^(TestAPIManyClusters|TestSidecarStart)$$' . | grep -E '_test.go|^(---|ok|FAIL)'
 
 # Archive, back up, drop a table and get it back: on this machine, without Kubernetes.
 demo: build tools

@@ -18,6 +18,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -31,6 +32,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -40,6 +42,7 @@ import (
 	"github.com/cloudnative-pg/cnpg-i/pkg/identity"
 	"github.com/cloudnative-pg/cnpg-i/pkg/lifecycle"
 	"github.com/cloudnative-pg/cnpg-i/pkg/reconciler"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -57,6 +60,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
+	clientfeatures "k8s.io/client-go/features"
+	clientfeaturestesting "k8s.io/client-go/features/testing"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -1797,6 +1802,314 @@ configuration:
 		_, _, err = p.hook(lifecycle.OperatorOperationType_TYPE_CREATE, cluster, []byte(`{"apiVersion":"v1","kind":"Service"}`))
 		mentions(t, err, "Service")
 	})
+}
+
+// ---------------------------------------------------------------------------
+// What the plugin and the sidecars may do
+// ---------------------------------------------------------------------------
+
+// used are the requests of a recorder that were let through, as GROUP/RESOURCE VERB.
+func (r *recorder) used() map[string]bool {
+	used := map[string]bool{}
+	for _, q := range r.since(0) {
+		if q.code < 300 && q.resource != "" {
+			used[q.group+"/"+q.resource+" "+q.verb] = true
+		}
+	}
+	return used
+}
+
+// rights are rules in the same terms.
+func rights(rules []rbacv1.PolicyRule) map[string]bool {
+	held := map[string]bool{}
+	for _, rule := range rules {
+		for _, group := range rule.APIGroups {
+			for _, resource := range rule.Resources {
+				for _, verb := range rule.Verbs {
+					held[group+"/"+resource+" "+verb] = true
+				}
+			}
+		}
+	}
+	return held
+}
+
+// Nobody holds a verb that this walk through all that is done does not use, but for those
+// that have their reason here; and nobody lacks one.
+func TestAPIRightsAreUsed(t *testing.T) {
+	a := testAPI(t)
+	namespace := a.install()
+	a.keys("store-a-keys")
+	a.create(a.storeYAML("store-a"))
+	a.create(a.storeYAML("store-b"))
+	// An older API server is asked for lists, this one sends them as part of the watch.
+	lists := a.start(namespace, "KUBE_FEATURE_WatchListClient=false")
+	p := a.start(namespace)
+	cluster := a.cluster("pg", archives)
+	p.mustProceed(cluster)
+	waitFor(t, "the Role in the informer", func() bool {
+		changed := a.cluster("pg", archives+recovers+"serviceAccountName: team\n")
+		p.mustProceed(changed)
+		return len(as[rbacv1.RoleBinding](t, a.read("RoleBinding", a.namespace, "pg-barman-cloud")).Subjects) == 2
+	})
+	for _, stray := range []string{ // what no informer of ours sees: found at the creation, read, and made ours
+		"kind: Role", "kind: RoleBinding\nroleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: stray-barman-cloud}",
+	} {
+		a.create(fromYAML(t, "apiVersion: rbac.authorization.k8s.io/v1\nmetadata: {name: stray-barman-cloud, namespace: "+a.namespace+"}\n"+stray))
+	}
+	p.mustProceed(a.cluster("stray", archives))
+	if _, err := p.pre(a.cluster("lost", strings.ReplaceAll(archives, "store-a", "nowhere"))); err != nil {
+		t.Fatal(err)
+	}
+	a.ready("store-a")
+	cert, key := p.pair(defaultCASecret)
+	ca, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.putPair(namespace, defaultServerSecret, "server", testLeaf(t, &ca, x509.ExtKeyUsageServerAuth, time.Hour), ca.Leaf)
+	waitFor(t, "a renewed leaf", func() bool {
+		pair, err := tls.X509KeyPair(p.pair(defaultServerSecret))
+		return err == nil && time.Until(pair.Leaf.NotAfter) > leafRenewBefore
+	})
+
+	granted := rights(as[rbacv1.Role](t, a.read("Role", a.namespace, "pg-barman-cloud")).Rules)
+	needed := map[string]bool{
+		"postgresql.cnpg.io/clusters/finalizers update": true, // an admission plugin asks for it, where it runs
+	}
+	maps.Copy(needed, granted) // nobody can grant what they do not have
+	maps.Copy(needed, lists.requests.used())
+	maps.Copy(needed, p.requests.used())
+	held := map[string]bool{}
+	for _, u := range documents(t, "deploy.yaml") {
+		if u.GetName() == "plugin-barman-cloud" || u.GetName() == "plugin-barman-cloud-certificates" {
+			switch u.GetKind() {
+			case "ClusterRole":
+				maps.Copy(held, rights(as[rbacv1.ClusterRole](t, u).Rules))
+			case "Role":
+				maps.Copy(held, rights(as[rbacv1.Role](t, u).Rules))
+			}
+		}
+	}
+	equal(t, "the rights of deploy.yaml", slices.Sorted(maps.Keys(held)), slices.Sorted(maps.Keys(needed)))
+	for _, r := range p.requests.since(0) {
+		if r.resource == "secrets" && (r.verb == "create" || r.verb == "update") && r.namespace != namespace {
+			t.Errorf("a Secret is written in another namespace: %+v", r)
+		}
+	}
+
+	// a sidecar, with its Cluster's token
+	a.serviceAccount("pg")
+	needed = map[string]bool{
+		objectStores.Group + "/objectstores/status update": true, // by the original's sidecar, until its Pod is rolled
+	}
+	for _, streams := range []bool{true, false} {
+		clientfeaturestesting.SetFeatureDuringTest(t, clientfeatures.WatchListClient, streams)
+		config, requests := a.asServiceAccount(a.namespace, "pg"), &recorder{}
+		config.Wrap(func(rt http.RoundTripper) http.RoundTripper { requests.RoundTripper = rt; return requests })
+		source, err := kubeSourceFor(t.Context(), config, a.namespace, "pg")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ref := StoreRef{"store-a", "pg"}
+		waitFor(t, "the authorizer to see the Role", func() bool { return second(source.Store(t.Context(), ref)) == nil })
+		waitFor(t, "the watches", func() bool {
+			used := requests.used()
+			return used["/secrets watch"] && used[objectStores.Group+"/objectstores watch"]
+		})
+		if err := source.UpdateStatus(t.Context(), ref, func(w *RecoveryWindow, _ *ServerStatus) { now := metav1.Now(); w.LastFailedBackupTime = &now }); err != nil {
+			t.Fatal(err)
+		}
+		maps.Copy(needed, requests.used())
+	}
+	equal(t, "the rights of a Cluster's Role", slices.Sorted(maps.Keys(granted)), slices.Sorted(maps.Keys(needed)))
+}
+
+// ---------------------------------------------------------------------------
+// Clusters as CloudNativePG's own schema admits them
+// ---------------------------------------------------------------------------
+
+// What CloudNativePG takes, in every shape that concerns the plugin, goes through the
+// reconciliation and the injection as it comes back from the API server.
+func TestAPIClusterShapes(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	a.cloudNativePG("any")
+	for _, name := range []string{"store-a", "store-b", "store-c"} {
+		a.keys(name + "-keys")
+		a.create(a.storeYAML(name))
+	}
+	const streams = `
+replica: {enabled: true, source: other}
+externalClusters:
+- name: other
+  connectionParameters: {host: pg-other-rw, user: streaming_replica, sslmode: verify-full}
+  sslKey: {name: other-replication, key: tls.key}
+  plugin: {name: barman-cloud.cloudnative-pg.io, parameters: {barmanObjectName: store-c, serverName: other}}
+`
+	shapes := map[string]struct {
+		spec   string
+		stores []string // in its Role; none: the plugin leaves it alone
+	}{
+		"archives":       {archives, []string{"store-a"}},
+		"renamed":        {strings.ReplaceAll(archives, "store-a", "store-a, serverName: elsewhere"), []string{"store-a"}},
+		"recovers":       {recovers, []string{"store-b"}},
+		"both":           {archives + recovers, []string{"store-a", "store-b"}},
+		"to-a-time":      {strings.ReplaceAll(recovers, "source: origin", `source: origin, recoveryTarget: {targetTime: "2026-11-22T12:00:00Z", backupID: 20261122T100000}`), []string{"store-b"}},
+		"follows":        {archives + replicates, []string{"store-a", "store-c"}},
+		"streams":        {archives + streams, []string{"store-a", "store-c"}},
+		"distributed":    {archives + strings.ReplaceAll(replicates, "primary: other", "self: distributed, primary: other"), []string{"store-a", "store-c"}},
+		"wal-storage":    {archives + "walStorage: {size: 1Gi}\ntablespaces: [{name: more, storage: {size: 1Gi}}]\n", []string{"store-a"}},
+		"own-account":    {archives + "serviceAccountName: team\n", []string{"store-a"}},
+		"with-env":       {archives + "env: [{name: TZ, value: Europe/Rome}]\nenvFrom: [{secretRef: {name: more}}]\n", []string{"store-a"}},
+		"disabled":       {strings.ReplaceAll(archives, "isWALArchiver: true", "enabled: false"), nil},
+		"off-in-part":    {strings.ReplaceAll(archives, "isWALArchiver: true", "enabled: false") + recovers, []string{"store-b"}},
+		"source-off":     {archives + strings.ReplaceAll(recovers, "plugin: {", "plugin: {enabled: false, "), []string{"store-a"}},
+		"not-the-source": {archives + strings.ReplaceAll(replicates, "replica: {primary: other, source: other}", ""), []string{"store-a"}},
+		"other-plugin":   {strings.ReplaceAll(archives, "barman-cloud.cloudnative-pg.io", "other.example.com"), nil},
+		"none":           {"instances: 1", nil},
+	}
+	for name, shape := range shapes {
+		cluster := a.cluster(name, "instances: 3\nstorage: {size: 1Gi}\n"+strings.TrimPrefix(shape.spec, "instances: 1"))
+		cluster.SetUID("")
+		cluster.SetAnnotations(map[string]string{"cnpg.io/skipEmptyWalArchiveCheck": "enabled"})
+		cluster = a.create(cluster)
+		var first []byte
+		for _, primary := range []string{"", name + "-1", name + "-2"} {
+			cluster = a.putStatus(cluster, fmt.Sprintf(`{"currentPrimary": %q, "targetPrimary": %[1]q, "instancesStatus": {"healthy": [%[1]q]}}`, primary))
+			asked := cluster.DeepCopy() // with what a later CloudNativePG may add
+			unstructured.SetNestedField(asked.Object, map[string]any{"x": int64(1)}, "spec", "later")
+			unstructured.SetNestedField(asked.Object, []any{"y"}, "status", "later")
+			p.mustProceed(asked)
+			if !a.exists("Role", a.namespace, name+"-barman-cloud") {
+				if shape.stores != nil {
+					t.Errorf("%s has no Role", name)
+				}
+			} else if got := storesNamed(as[rbacv1.Role](t, a.read("Role", a.namespace, name+"-barman-cloud"))); !slices.Equal(got, shape.stores) {
+				t.Errorf("%s: the Role gives access to %q", name, got)
+			}
+			pod, patch, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, asked, a.instancePod(name))
+			if err != nil || (patch != nil) != (shape.stores != nil) {
+				t.Errorf("%s, primary %q: patch %s, %v", name, primary, patch, err)
+			}
+			if first == nil {
+				first = pod
+			}
+			if !bytes.Equal(pod, first) {
+				t.Errorf("%s: the Pod changes with the primary, and would be rolled", name)
+			}
+		}
+	}
+	// The operator always says what it sends; a Cluster without it could not own its Role.
+	nameless := a.cluster("archives", archives)
+	unstructured.RemoveNestedField(nameless.Object, "apiVersion")
+	_, _, err := p.hook(lifecycle.OperatorOperationType_TYPE_EVALUATE, nameless, a.instancePod("archives"))
+	mentions(t, err, "apiVersion")
+}
+
+// ---------------------------------------------------------------------------
+// Many of them
+// ---------------------------------------------------------------------------
+
+// number is a size of the test from the environment.
+func number(t *testing.T, name string, otherwise int) int {
+	n, err := strconv.Atoi(cmp.Or(os.Getenv(name), strconv.Itoa(otherwise)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// summary says how long calls took.
+func summary(took []time.Duration) string {
+	slices.Sort(took)
+	at := func(q int) time.Duration { return took[(len(took)-1)*q/100].Round(10 * time.Microsecond) }
+	return fmt.Sprintf("p50 %s, p99 %s, longest %s", at(50), at(99), at(100))
+}
+
+// The answers to the operator cost no request to the API server, but for the two writes of
+// a new Cluster's Role and RoleBinding. `make bench-api` prints the figures.
+func TestAPIManyClusters(t *testing.T) {
+	clusters, stores := number(t, "API_CLUSTERS", 30), number(t, "API_STORES", 10)
+	a := testAPI(t)
+	p := a.start(a.install())
+	name := func(i int) string { return fmt.Sprintf("store-%d", i%stores) }
+	for i := range stores {
+		a.keys(name(i) + "-keys")
+		a.create(a.storeYAML(name(i)))
+	}
+	for i := range stores {
+		if c := a.ready(name(i)); c.Status != metav1.ConditionTrue {
+			t.Fatalf("%s: %+v", name(i), c)
+		}
+	}
+	conn := p.dial(p.operatorTLS())
+	definitions := make([][]byte, clusters)
+	for i := range definitions {
+		cluster := a.cluster(fmt.Sprintf("pg-%d", i), strings.ReplaceAll(archives, "store-a", name(i))+strings.ReplaceAll(recovers, "store-b", name(i+1)))
+		cluster.SetUID(types.UID(fmt.Sprintf("uid-%d", i)))
+		definitions[i] = toJSON(t, cluster)
+	}
+	pre := func(i int) (time.Duration, error) {
+		start := time.Now()
+		r, err := reconciler.NewReconcilerHooksClient(conn).Pre(t.Context(), &reconciler.ReconcilerHooksRequest{ClusterDefinition: definitions[i], ResourceDefinition: definitions[i]})
+		if err == nil && r.Behavior != reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE {
+			err = fmt.Errorf("Pre: %v", r)
+		}
+		return time.Since(start), err
+	}
+	pod := a.instancePod("pg")
+	hook := func(i int) (time.Duration, error) {
+		start := time.Now()
+		r, err := lifecycle.NewOperatorLifecycleClient(conn).LifecycleHook(t.Context(), &lifecycle.OperatorLifecycleRequest{
+			OperationType:     &lifecycle.OperatorOperationType{Type: lifecycle.OperatorOperationType_TYPE_EVALUATE},
+			ClusterDefinition: definitions[i], ObjectDefinition: pod})
+		if err == nil && len(r.JsonPatch) == 0 {
+			err = errors.New("no patch")
+		}
+		return time.Since(start), err
+	}
+	// by ten workers, as many as the operator reconciles Clusters at once
+	all := func(call func(int) (time.Duration, error)) []time.Duration {
+		took := make([]time.Duration, clusters)
+		g := errgroup.Group{}
+		g.SetLimit(10)
+		for i := range clusters {
+			g.Go(func() (err error) { took[i], err = call(i); return err })
+		}
+		if err := g.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		return took
+	}
+	before := len(p.requests.since(0))
+	first := all(pre)
+	counts := map[string]int{}
+	for _, r := range p.requests.since(before) {
+		counts[r.verb+" "+r.resource]++
+	}
+	if len(counts) != 2 || counts["create roles"] != clusters || counts["create rolebindings"] != clusters {
+		t.Errorf("requests of the first Pre of %d Clusters: %v", clusters, counts)
+	}
+	waitFor(t, "the informers to know it all", func() bool {
+		before := len(p.requests.since(0))
+		all(pre)
+		return len(p.requests.since(before)) == 0
+	})
+	before = len(p.requests.since(0))
+	again, hooks := all(pre), all(hook)
+	if made := p.requests.since(before); len(made) != 0 {
+		t.Errorf("requests for what is known: %+v", made)
+	}
+	memory, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d Clusters, %d ObjectStores, ten calls at a time", clusters, stores)
+	t.Logf("first Pre:     %s", summary(first))
+	t.Logf("Pre:           %s", summary(again))
+	t.Logf("LifecycleHook: %s", summary(hooks))
+	t.Logf("memory:        %q", regexp.MustCompile(`(VmHWM|VmRSS):\s+(\d+ kB)`).FindAllString(string(memory), -1))
 }
 
 // ---------------------------------------------------------------------------

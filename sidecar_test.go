@@ -105,6 +105,36 @@ const mainCluster = `{"metadata":{"name":"main","uid":"u-1"},"spec":{"plugins":[
 	"parameters":{"barmanObjectName":"store"}}]},"status":{"currentPrimary":"main-1"}}`
 
 // The handshake of OPERATOR 1.3, in its order, on a socket that a killed predecessor left behind.
+// A sidecar serves as soon as it runs: PostgreSQL's own start waits for it. `make bench-api`
+// prints how long that takes.
+func TestSidecarStart(t *testing.T) {
+	file := storeFile(t, testS3(t), "bucket")
+	var took []time.Duration
+	for range 20 {
+		dir := testDir(t)
+		socket := filepath.Join(dir, PluginName)
+		cmd := exec.Command(program(t), "sidecar", "--socket", socket, "--objectstore", file, "--pgdata", dir)
+		start := time.Now()
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			if c, err := net.Dial("unix", socket); err == nil {
+				c.Close()
+				break
+			}
+			if time.Since(start) > hang {
+				t.Fatal("no socket")
+			}
+			time.Sleep(500 * time.Microsecond)
+		}
+		took = append(took, time.Since(start))
+		cmd.Process.Kill()
+		cmd.Wait()
+	}
+	t.Logf("from exec to the socket: %s", summary(took))
+}
+
 func TestSidecarHandshake(t *testing.T) {
 	dir := testDir(t)
 	socket := filepath.Join(dir, PluginName)
