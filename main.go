@@ -39,11 +39,13 @@ In Kubernetes, as a CloudNativePG plugin:
   sidecar       run beside PostgreSQL: archive WAL, take base backups, restore
   healthcheck   ask a sidecar whether it serves
 
-By hand, with an ObjectStore and its Secrets in a YAML file:
+By hand, with an ObjectStore and its Secrets in a YAML file, or without FLAGS in a Pod of the
+cluster (kubectl exec POD -c plugin-barman-cloud -- /cnpg-barman-s3 list):
+  check         try everything that the store must do check FLAGS
   wal-archive   store one WAL file                    wal-archive FLAGS PATH
   wal-restore   fetch one WAL file                    wal-restore FLAGS NAME DESTINATION
   backup        take a base backup                    backup FLAGS
-  list          list the base backups                 list FLAGS
+  list          list the base backups and the WAL     list FLAGS
   verify        read backups and their WAL without      verify FLAGS [BACKUP]
                 restoring them, and check everything
   retention     delete what the retention policy no  retention FLAGS
@@ -64,6 +66,7 @@ var subcommands = map[string]func(ctx context.Context, args []string) error{
 	"wal-archive": runWALArchive,
 	"wal-restore": runWALRestore,
 	"backup":      runBackup,
+	"check":       runCheck,
 	"list":        runList,
 	"verify":      runVerify,
 	"retention":   runRetention,
@@ -232,12 +235,13 @@ func setLogger(name, format string) error {
 type storeCommand struct {
 	*flag.FlagSet
 	file, name, server string
+	source             configSource
 }
 
 func newStoreCommand(name string) *storeCommand {
 	f := &storeCommand{FlagSet: flag.NewFlagSet(name, flag.ContinueOnError)}
 	logFlags(f.FlagSet)
-	f.StringVar(&f.file, "objectstore", "", "the YAML `file` with the ObjectStore and its Secrets")
+	f.StringVar(&f.file, "objectstore", "", "the YAML `file` with the ObjectStore and its Secrets; not needed in a Pod of the cluster")
 	f.StringVar(&f.name, "objectstore-name", "", "the `name` of the ObjectStore, when the file holds several")
 	f.StringVar(&f.server, "server-name", "", "the server `name` under which the cluster's objects lie")
 	return f
@@ -249,6 +253,8 @@ func (f *storeCommand) open(ctx context.Context, args []string, names ...string)
 		return nil, err
 	}
 	switch {
+	case f.file == "" && os.Getenv("NAMESPACE") != "" && os.Getenv("CLUSTER_NAME") != "":
+		return f.openInPod(ctx)
 	case f.file == "":
 		return nil, usageError{errors.New("--objectstore FILE is missing: a YAML file with the ObjectStore and its Secrets")}
 	case f.server == "":
@@ -265,7 +271,28 @@ func (f *storeCommand) open(ctx context.Context, args []string, names ...string)
 		}
 		f.name = names[0]
 	}
-	return source.Store(ctx, StoreRef{ObjectStore: f.name, ServerName: f.server})
+	f.source = source
+	return source.Store(ctx, f.ref())
+}
+
+func (f *storeCommand) ref() StoreRef { return StoreRef{ObjectStore: f.name, ServerName: f.server} }
+
+// openInPod opens the store that the Cluster of this Pod archives to, or else is recovered
+// from, unless the flags name another one that the Pod may read.
+func (f *storeCommand) openInPod(ctx context.Context) (*Store, error) {
+	kube, err := newKubeSource(ctx, os.Getenv("NAMESPACE"))
+	if err != nil {
+		return nil, err
+	}
+	f.source = kube
+	cluster, err := kube.ownCluster(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if own := cmp.Or(cluster.ArchiveStore(), cluster.RecoveryStore(), cluster.ReplicaSourceStore()); own != nil {
+		f.name, f.server = cmp.Or(f.name, own.ObjectStore), cmp.Or(f.server, own.ServerName)
+	}
+	return kube.Store(ctx, f.ref())
 }
 
 // ---------------------------------------------------------------------------
@@ -358,6 +385,9 @@ func runRestore(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if fs.file == "" {
+		return usageError{errors.New("--objectstore FILE is missing: the restored server needs it for its WAL, also in a Pod")}
+	}
 	file, err := filepath.Abs(fs.file)
 	if err != nil {
 		return err
@@ -391,9 +421,15 @@ func runList(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	timelines, err := walCoverage(ctx, s, c)
+	if err != nil {
+		return err
+	}
 	rows := listRows(c, sizes)
+	first, last := c.recoverability()
 	if *output == "json" {
-		return printJSON(map[string]any{"serverName": s.Config.ServerName, "backups": rows})
+		return printJSON(map[string]any{"serverName": s.Config.ServerName, "backups": rows, "wal": timelines,
+			"firstRecoverabilityPoint": first, "lastSuccessfulBackupTime": last})
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "ID\tNAME\tSTATUS\tBEGIN\tEND\tTIMELINE\tBEGIN WAL\tEND WAL\tSIZE\tBAD PAGES")
@@ -401,7 +437,40 @@ func runList(ctx context.Context, args []string) error {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\t%d\n", r.ID, cmp.Or(r.Name, "-"), r.Status, cmp.Or(r.BeginTime, "-"), cmp.Or(r.EndTime, "-"),
 			r.Timeline, cmp.Or(r.BeginWAL, "-"), cmp.Or(r.EndWAL, "-"), byteCount(r.Size), r.BadPageCount)
 	}
-	return w.Flush()
+	w.Flush()
+	if first != nil {
+		fmt.Printf("Recovery is possible from %s on.\n", timestamp(first.Time))
+	}
+	for _, t := range timelines {
+		fmt.Printf("WAL of timeline %d: %s to %s, %d segments, %d missing\n", t.Timeline, cmp.Or(t.First, "-"), cmp.Or(t.Last, "-"), t.Segments, t.Missing)
+		for _, gap := range t.Gaps {
+			fmt.Printf("  missing: %s\n", gap)
+		}
+	}
+	return nil
+}
+
+func runCheck(ctx context.Context, args []string) error {
+	fs := newStoreCommand("check")
+	s, err := fs.open(ctx, args)
+	if err != nil {
+		return err
+	}
+	fmt.Println(s.describe())
+	failed := false
+	checkStore(ctx, s, func(what, note string, err error) {
+		switch {
+		case err != nil:
+			failed = true
+			fmt.Printf("FAILED  %-17s %v\n", what, err)
+		default:
+			fmt.Printf("ok      %-17s %s\n", what, note)
+		}
+	})
+	if failed {
+		return exitStatus(exitFailed)
+	}
+	return nil
 }
 
 func runVerify(ctx context.Context, args []string) error {
@@ -414,6 +483,9 @@ func runVerify(ctx context.Context, args []string) error {
 	v, err := verifyStore(ctx, s, fs.Arg(0))
 	if err != nil {
 		return err
+	}
+	if err := fs.source.UpdateStatus(ctx, fs.ref(), func(_ *RecoveryWindow, st *ServerStatus) { st.LastVerification = v.summary() }); err != nil {
+		slog.Warn("The status of the ObjectStore does not show this verification", "error", err)
 	}
 	if *asJSON {
 		err = printJSON(v)

@@ -1766,6 +1766,110 @@ func (s *Store) encryption(data bool) (s3types.ServerSideEncryption, *string) {
 	return s3types.ServerSideEncryption(algorithm), nil
 }
 
+// describe says how the store is reached.
+func (s *Store) describe() string {
+	o := s.client.Options()
+	return fmt.Sprintf("%s at %s, region %s, %s addressing", s.URL(s.key()), cmp.Or(s.Config.Configuration.EndpointURL, "AWS"), o.Region,
+		map[bool]string{true: "path-style", false: "virtual-host"}[o.UsePathStyle])
+}
+
+// maxSkew is how far our clock may be from the server's: S3 refuses requests beyond 15 minutes.
+const maxSkew = time.Minute
+
+// checkStore tries with small objects whatever the plugin asks of a store, and tells of each
+// thing whether it works. It leaves nothing behind. Without access it stops at once.
+func checkStore(ctx context.Context, s *Store, tell func(what, note string, err error)) {
+	needs := func(permission string, err error) error {
+		if errors.Is(err, errDenied) {
+			return fmt.Errorf("%w; needed is %s", err, permission)
+		}
+		return err
+	}
+	server, err := s.ServerTime(ctx)
+	if err != nil {
+		// The other addressing style may be the one that the server knows.
+		other := &Store{Config: s.Config, bucket: s.bucket, prefix: s.prefix,
+			client: s3.New(s.client.Options(), func(o *s3.Options) { o.UsePathStyle = !o.UsePathStyle })}
+		if _, otherErr := other.ServerTime(ctx); otherErr == nil {
+			style := map[bool]string{true: "virtual", false: "path"}[s.client.Options().UsePathStyle]
+			err = fmt.Errorf("%w; it works with the other addressing style: add --addressing-style=%s to wal.archiveAdditionalCommandArgs", err, style)
+		}
+		tell("access, list", "", needs("s3:ListBucket", err))
+		return
+	}
+	tell("access, list", "", nil)
+	skew := time.Since(server).Round(time.Second)
+	if server.IsZero() {
+		tell("clock", "the server does not tell its time", nil)
+	} else if skew.Abs() > maxSkew {
+		tell("clock", "", fmt.Errorf("this clock differs by %s from the server's: synchronise it (NTP); S3 refuses requests beyond 15 minutes", skew))
+	} else {
+		tell("clock", "differs by "+skew.String(), nil)
+	}
+
+	key := s.key("check-" + strconv.FormatInt(time.Now().UnixNano(), 36))
+	small, large := key, key+"-parts"
+	defer func() { // whatever happened, also when ctx has ended
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+		defer cancel()
+		refused, err := s.DeleteAll(ctx, []string{small, large})
+		if err = errors.Join(append(slices.Collect(maps.Values(refused)), err)...); err == nil {
+			for _, k := range []string{small, large} {
+				if _, headErr := s.Head(ctx, k); !errors.Is(headErr, errNotFound) {
+					err = errors.Join(err, fmt.Errorf("%s is still there after its deletion: %w", s.URL(k), cmp.Or(headErr, errors.New("is there an object lock?"))))
+				}
+			}
+		}
+		tell("delete", "", needs("s3:DeleteObject", err))
+	}()
+	content := []byte(key)
+	err = s.Put(ctx, small, content, putOptions{Metadata: map[string]string{contentSum: sumOf(content)}})
+	tell("write", "", needs("s3:PutObject, with tags s3:PutObjectTagging, with aws:kms the use of the key", err))
+	if err != nil {
+		return
+	}
+	r, err := s.Get(ctx, small)
+	if err == nil {
+		var got []byte
+		got, err = io.ReadAll(r)
+		r.Close()
+		switch {
+		case err != nil:
+		case !bytes.Equal(got, content):
+			err = fmt.Errorf("%s reads as other content than was written: what stands between here and the store changes it", s.URL(small))
+		case r.Metadata[contentSum] != sumOf(content):
+			err = fmt.Errorf("%s has lost its user metadata: what stands between here and the store drops x-amz-meta-* headers", s.URL(small))
+		}
+	}
+	tell("read", "", needs("s3:GetObject", err))
+	err = s.Put(ctx, small, content, putOptions{IfAbsent: true})
+	switch {
+	case errors.Is(err, errPrecondition):
+		tell("conditional write", "", nil)
+	case err == nil:
+		tell("conditional write", "this server overwrites in spite of If-None-Match: two writers that archive the same name at the same moment are not told apart", nil)
+	default:
+		tell("conditional write", "", err)
+	}
+	w := s.NewWriter(ctx, large, putOptions{Data: true})
+	if _, err = io.CopyN(w, zeros{}, minPartSize+1); err != nil {
+		w.Abort()
+	} else if err = w.Close(); err == nil {
+		var h head
+		if h, err = s.Head(ctx, large); err == nil && h.Size != minPartSize+1 {
+			err = fmt.Errorf("%s has %d bytes instead of %d", s.URL(large), h.Size, minPartSize+1)
+		}
+	}
+	tell("multipart upload", "", needs("s3:PutObject and s3:AbortMultipartUpload", err))
+	_, err = s.Uploads(ctx, key)
+	tell("list uploads", "", needs("s3:ListBucketMultipartUploads", err))
+}
+
+// zeros is a source of zero bytes.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
 // sumOf is the SHA-256 of content in hex.
 func sumOf(content []byte) string {
 	sum := sha256.Sum256(content)

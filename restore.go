@@ -34,6 +34,7 @@ import (
 	"github.com/cloudnative-pg/cnpg-i/pkg/restore/job"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // What can be wrong with a restore before anything is written, for errors.Is.
@@ -1280,6 +1281,19 @@ type verifiedWAL struct {
 	Segments int      `json:"segments"`
 	Bytes    int64    `json:"bytes"` // as stored
 	Problems []string `json:"problems,omitempty"`
+}
+
+// summary is what the status of the ObjectStore shows of it.
+func (v *verification) summary() *LastVerification {
+	l := &LastVerification{Time: metav1.Now(), OK: v.OK, Backups: len(v.Backups), Segments: v.WAL.Segments}
+	for _, b := range v.Backups {
+		for _, p := range b.Problems {
+			l.Problems = append(l.Problems, b.ID+": "+p)
+		}
+	}
+	l.Problems = append(l.Problems, v.WAL.Problems...)
+	l.Problems = l.Problems[:min(len(l.Problems), 10)]
+	return l
 }
 
 // problem adds to a list what is wrong with an object, but returns an error that says

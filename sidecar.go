@@ -115,8 +115,12 @@ func runSidecar(ctx context.Context, args []string) error {
 func serveSidecar(ctx context.Context, socket string, walFiles *walService) error {
 	source, instance, pgdata := walFiles.source, walFiles.instance, walFiles.pgdata
 	// A socket left behind by a killed predecessor would refuse connections for ever.
-	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err := os.Remove(socket)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the stale socket: %w", err)
+	}
+	if err == nil {
+		walFiles.report.killed = true
 	}
 	listener, err := net.Listen("unix", socket)
 	if err != nil {
@@ -222,6 +226,8 @@ type report struct {
 	lastTime time.Time
 	written  time.Time // when the progress was
 
+	killed bool // the predecessor in this Pod was, and nobody has heard of it yet
+
 	files, failures, bytes int64 // for the metrics
 	seconds                float64
 }
@@ -324,6 +330,14 @@ func passing(kind string, err error) bool {
 // tell brings conditions and Events up to date with the findings. It writes when a
 // condition changes, not when an error message does, which may hold a request id.
 func (r *report) tell(ctx context.Context) error {
+	var errs []error
+	r.mu.Lock()
+	killed := r.killed
+	r.killed = false
+	r.mu.Unlock()
+	if killed {
+		errs = append(errs, r.tellKilled(ctx))
+	}
 	news := map[StoreRef][]metav1.Condition{}
 	r.mu.Lock()
 	for key, f := range r.findings {
@@ -340,7 +354,6 @@ func (r *report) tell(ctx context.Context) error {
 		news[r.archive] = []metav1.Condition{}
 	}
 	r.mu.Unlock()
-	var errs []error
 	for at, conditions := range news {
 		st, err := r.source.Status(ctx, at.ObjectStore)
 		known := st.Servers[at.ServerName].Conditions
@@ -368,6 +381,23 @@ func (r *report) tell(ctx context.Context) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// tellKilled says that the sidecar did not end by itself: its socket was still there. A
+// container at its memory limit ends in this way, with nothing in its log.
+func (r *report) tellKilled(ctx context.Context) error {
+	limit := ""
+	if b, err := os.ReadFile("/sys/fs/cgroup/memory.max"); err == nil && !strings.HasPrefix(string(b), "max") {
+		limit = fmt.Sprintf(", which is %s bytes (instanceSidecarConfiguration.resources of the ObjectStore)", strings.TrimSpace(string(b)))
+	}
+	err := r.source.Tell(ctx, corev1.EventTypeWarning, "SidecarKilled", fmt.Sprintf("the sidecar in Pod %s was killed and has started again: "+
+		"if kubectl describe pod says OOMKilled, raise its memory limit%s", os.Getenv("POD_NAME"), limit))
+	if err != nil {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.killed = true
+	}
+	return err
 }
 
 // event tells a transition, once. known is the condition that the status has: what a

@@ -1338,3 +1338,84 @@ func TestCommandLineErrors(t *testing.T) {
 		}
 	}
 }
+
+// check says of each thing that a store must do whether it works, and leaves nothing behind.
+func TestCheck(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	untrusted := testS3TLS(t).Endpoint
+	wrong := *server
+	wrong.SecretKey = "wrong"
+	proxy := startFaultProxy(t, server)
+	proxied := func(file string, faults ...fault) func() string {
+		return func() string {
+			proxy.clear()
+			for _, f := range faults {
+				proxy.add(f)
+			}
+			return file
+		}
+	}
+	at := storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket+"/some/path")
+	for name, c := range map[string]struct {
+		file func() string
+		code int
+		says []string
+	}{
+		"good":       {proxied(at), 0, []string{"path-style addressing", "ok      access, list", "ok      clock", "ok      write", "ok      read", "ok      conditional write", "ok      multipart upload", "ok      list uploads", "ok      delete"}},
+		"wrong keys": {func() string { return storeFile(t, &wrong, bucket) }, 1, []string{"FAILED  access, list", "Secret keys"}},
+		"no bucket":  {func() string { return storeFile(t, server, "no-such-bucket") }, 1, []string{"FAILED  access, list", `bucket "no-such-bucket" does not exist`}},
+		"unknown CA": {func() string { return storeFileAt(t, server, untrusted, "s3://"+bucket) }, 1, []string{"FAILED  access, list", "endpointCA"}},
+		"wrong style": {func() string {
+			return storeFileAt(t, server, strings.Replace(server.Endpoint, "127.0.0.1", "localhost", 1), "s3://"+bucket, "wal: {archiveAdditionalCommandArgs: [--addressing-style=virtual]}")
+		}, 1,
+			[]string{"virtual-host addressing", "FAILED  access, list", "add --addressing-style=path"}},
+		"read only": {proxied(at, fault{Method: http.MethodPut, Do: answerError, HTTP: 403, Code: "AccessDenied"}), 1,
+			[]string{"ok      access, list", "FAILED  write", "s3:PutObject", "ok      delete"}},
+		"no conditional write": {proxied(at, fault{Method: http.MethodPut, Path: regexp.MustCompile(`/check-\w+(\?|$)`), Skip: 1, Times: 1, Do: answerError, HTTP: 501, Code: "NotImplemented"}), 0,
+			[]string{"ok      conditional write this server overwrites"}},
+		"no parts": {proxied(at, fault{Method: http.MethodPost, Path: regexp.MustCompile("uploads"), Do: answerError, HTTP: 403, Code: "AccessDenied"}), 1,
+			[]string{"FAILED  multipart upload", "s3:AbortMultipartUpload", "ok      delete"}},
+		"no deletion": {proxied(at, fault{Method: http.MethodPost, Path: regexp.MustCompile(`\?delete`), Do: answerError, HTTP: 403, Code: "AccessDenied"}), 1,
+			[]string{"ok      multipart upload", "FAILED  delete", "s3:DeleteObject"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := runProgram(t, nil, "check", "--objectstore", c.file(), "--server-name", "main")
+			if r.Code != c.code {
+				t.Errorf("exit code %d, not %d: %s%s", r.Code, c.code, r.Stdout, r.Stderr)
+			}
+			for _, words := range c.says {
+				if !strings.Contains(r.Stdout, words) {
+					t.Errorf("does not say %q:\n%s", words, r.Stdout)
+				}
+			}
+			if name == "no deletion" {
+				for _, key := range server.keys(t, bucket, "") {
+					server.remove(t, bucket, key)
+				}
+			}
+			if left := append(server.keys(t, bucket, ""), server.uploads(t, bucket)...); len(left) != 0 {
+				t.Errorf("left behind: %q", left)
+			}
+		})
+	}
+}
+
+// list shows what can be recovered, and what of the WAL is missing.
+func TestListShowsTheWAL(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket)
+	store := testStoreFile(t, file, "main")
+	b := testBackup(t, server, bucket, store, map[string][]byte{"data.tar": {}})
+	server.write(t, bucket, store.walPrefix("000000010000000000000005"), nil)
+	for output, says := range map[string][]string{
+		"table": {"Recovery is possible from " + timestamp(b.EndTime) + " on", "WAL of timeline 1: 000000010000000000000003 to 000000010000000000000005, 2 segments, 1 missing", "  missing: 000000010000000000000004"},
+		"json":  {`"firstRecoverabilityPoint": "` + timestamp(b.EndTime), `"missing": 1`, `"000000010000000000000004"`},
+	} {
+		r := runProgram(t, nil, "list", "--objectstore", file, "--server-name", "main", "-o", output)
+		for _, words := range says {
+			if r.Code != 0 || !strings.Contains(r.Stdout, words) {
+				t.Errorf("%s: exit code %d, does not say %q:\n%s%s", output, r.Code, words, r.Stdout, r.Stderr)
+			}
+		}
+	}
+}

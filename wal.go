@@ -1478,7 +1478,14 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 		patience = streamingPatience
 	}
 	systemID := systemIdentifier(w.pgdata)
-	return patiently(ctx, name.Name, patience, func() error {
+	began := time.Now()
+	return patiently(ctx, name.Name, patience, func() (err error) {
+		defer func() {
+			atEnd := errors.Is(err, errNotFound) || errors.Is(err, errEndOfWAL) || ctx.Err() != nil
+			if passing := errors.Is(err, errTransient) && time.Since(began) < passingPatience; patience == forever && !atEnd && !passing {
+				w.report.found(StoreRef{ref.ObjectStore, cluster.Name}, conditionRestored, "RestoreFailed", err) // else nobody hears of it
+			}
+		}()
 		s, err := w.source.Store(ctx, *ref)
 		if err != nil {
 			return err
