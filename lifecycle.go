@@ -377,7 +377,7 @@ func (o *operator) storesOf(ctx context.Context, c *Cluster) (stores []*ObjectSt
 		needed := bootstrap || i == 0
 		store, err := o.store(ctx, c.Namespace, r.ref.ObjectStore)
 		switch missing := apierrors.IsNotFound(err); {
-		case missing && !needed && r.role == "recovery source":
+		case missing && !needed && (r.role == "recovery source" || !c.IsReplica()):
 			continue
 		case missing:
 			absent = status.Errorf(codes.NotFound, "ObjectStore %s/%s not found, which Cluster %s names as its %s: create it, or correct barmanObjectName in the Cluster",

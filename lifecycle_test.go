@@ -1235,15 +1235,17 @@ func TestAPIMissingObjectStoreAfterBootstrap(t *testing.T) {
 		}
 		return r.Behavior
 	}
-	for _, c := range []struct {
+	for i, c := range []struct {
 		spec, role, store string
 		tells             bool
 	}{
 		{archives + recovers, "recovery source", "store-b", false},
 		{archives + replicates, "replica source", "store-c", true},
+		{archives + strings.Replace(replicates, "primary: other", "primary: pg", 1), "replica source", "store-c", false}, // it leads now
 		{recovers, "recovery source", "store-b", false},
 	} {
 		cluster := a.cluster("pg", c.spec)
+		cluster.SetUID(types.UID(fmt.Sprintf("11111111-2222-3333-4444-%012d", i)))
 		before := len(a.events())
 		if got := behaviour(cluster); got != reconciler.ReconcilerHooksResult_BEHAVIOR_REQUEUE {
 			t.Errorf("%s missing during the bootstrap: %v", c.role, got)
@@ -1252,7 +1254,7 @@ func TestAPIMissingObjectStoreAfterBootstrap(t *testing.T) {
 			t.Errorf("%s missing during the bootstrap: events %q", c.role, got)
 		}
 		unstructured.SetNestedField(cluster.Object, "pg-1", "status", "currentPrimary")
-		cluster.SetUID("22222222-2222-3333-4444-555555555555") // the Event above was of another cluster's bootstrap
+		cluster.SetUID(types.UID(fmt.Sprintf("22222222-2222-3333-4444-%012d", i))) // the Event above was of another cluster's bootstrap
 		before = len(a.events())
 		for range 2 {
 			if got := behaviour(cluster); got != reconciler.ReconcilerHooksResult_BEHAVIOR_CONTINUE {

@@ -9,6 +9,7 @@
 #             load, pg_rewind, a third instance, metrics, hibernation, restore
 #   replica   replica clusters by archive and by streaming, promotion and the way back
 #   big       a database of 500 MB with 64Mi for the sidecar
+#   care      retention, two clusters in one store, another store under a cluster
 #   upgrade   another major version of PostgreSQL in place; needs PG_IMAGE_NEXT
 #   faults    what is missing or wrong is said in words that lead to the cure
 #   takeover  the plugin is put over the original's objects, upgraded, and taken back; it runs
@@ -207,6 +208,7 @@ registered() { # the operator says it once, when the Service and its certificate
 . e2e/life.sh
 . e2e/replica.sh
 . e2e/big.sh
+. e2e/care.sh
 . e2e/upgrade.sh
 . e2e/faults.sh
 . e2e/takeover.sh
@@ -250,7 +252,7 @@ run_track() { # run_track NAME: in a namespace of its own
   [ -n "${E2E_KEEP:-}" ] || kubectl delete namespace "$namespace" --wait=false >/dev/null
 }
 
-[ $# -gt 0 ] || set -- life replica main big ${PG_IMAGE_NEXT:+upgrade} faults takeover
+[ $# -gt 0 ] || set -- life replica main care big ${PG_IMAGE_NEXT:+upgrade} faults takeover
 for name; do declare -F "track_$name" >/dev/null || { echo "run.sh: there is no track $name" >&2; exit 2; }; done
 rm -rf "$E2E_LOGS"
 mkdir -p "$E2E_LOGS"

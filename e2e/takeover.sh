@@ -169,8 +169,8 @@ goes_on() { # goes_on IMAGE: the cluster is rolled to that sidecar, and archives
 
 take_back() { # README, with the original's manifest as manifest.yaml
   o delete deployment barman-cloud >/dev/null
-  kubectl replace -f <(original_manifest | sed '/^---/,$d') >/dev/null
-  original_manifest | kubectl apply -f - >/dev/null
+  original_manifest >"$E2E_LOGS/manifest.yaml"
+  kubectl apply -f "$E2E_LOGS/manifest.yaml" 2>&1 | grep -v "missing the kubectl.kubernetes.io/last-applied" | indent
   o delete secret cnpg-barman-s3-ca cnpg-barman-s3-server-tls cnpg-barman-s3-client-tls >/dev/null
   o delete role,rolebinding plugin-barman-cloud-certificates >/dev/null
   rolled_out
