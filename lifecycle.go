@@ -920,11 +920,11 @@ func storesNamed(r *rbacv1.Role) []string {
 // hold the keys. Whether the object store takes them only the sidecars know.
 const conditionReady = "Ready"
 
-// syncStore writes into the status of an ObjectStore what it is worth, and tells the Clusters
-// that use it when it has become unusable.
+// syncStore writes into the status of an ObjectStore what it is worth and the columns that
+// kubectl shows, and tells the Clusters that use it when it has become unusable.
 //
-// It is judged anew when its generation or a version of its Secrets is another, by every
-// replica. The write is guarded by the version of the ObjectStore that was judged: one
+// It is judged anew when its generation, a backup or a version of its Secrets is another, by
+// every replica. The write is guarded by the version of the ObjectStore that was judged: one
 // replica wins, the others find nothing left to do. A difference in words alone between
 // two versions of the plugin is written once by each, not back and forth.
 func (o *operator) syncStore(ctx context.Context, namespace, name string) error {
@@ -933,7 +933,9 @@ func (o *operator) syncStore(ctx context.Context, namespace, name string) error 
 		delete(o.judged, namespace+"/"+name)
 		return err
 	}
-	basis := fmt.Sprint(store.UID, store.Generation)
+	status := &store.Status
+	last, first := status.ofAllServers()
+	basis := fmt.Sprint(store.UID, store.Generation, last, first)
 	for _, s := range secretsOf(&store) {
 		if obj, found, _ := o.versions.GetStore().GetByKey(namespace + "/" + s); found {
 			basis += " " + obj.(metav1.Object).GetResourceVersion()
@@ -949,10 +951,11 @@ func (o *operator) syncStore(ctx context.Context, namespace, name string) error 
 	if err != nil {
 		return err
 	}
-	if meta.SetStatusCondition(&store.Status.Conditions, verdict) {
+	turned := meta.SetStatusCondition(&status.Conditions, verdict)
+	if turned || !status.LastBackup.Equal(last) || !status.FirstRecoverabilityPoint.Equal(first) {
 		patch, err := json.Marshal(map[string]any{
 			"metadata": map[string]any{"resourceVersion": store.ResourceVersion},
-			"status":   map[string]any{"conditions": store.Status.Conditions},
+			"status":   map[string]any{"conditions": status.Conditions, "lastBackup": last, "firstRecoverabilityPoint": first},
 		})
 		if err != nil {
 			return err
@@ -962,6 +965,8 @@ func (o *operator) syncStore(ctx context.Context, namespace, name string) error 
 		if err != nil {
 			return fmt.Errorf("write the condition of ObjectStore %s: %w", key, err)
 		}
+	}
+	if turned {
 		slog.Info("ObjectStore judged", "objectStore", key, "ready", verdict.Status, "reason", verdict.Reason, "message", verdict.Message)
 		if err := o.tellClusters(ctx, key, verdict); err != nil {
 			slog.Error("The condition of an ObjectStore gives no Event", "objectStore", key, "error", err)

@@ -1371,6 +1371,18 @@ func TestAPIJudgesObjectStores(t *testing.T) {
 		}
 	}
 
+	// The columns say what is true of all servers.
+	for _, windows := range []string{
+		`{"a":{"firstRecoverabilityPoint":"2026-01-01T00:00:00Z","lastSuccessfulBackupTime":"2026-03-01T00:00:00Z"},"none":{}}`,
+		`{"b":{"firstRecoverabilityPoint":"2026-02-01T00:00:00Z","lastSuccessfulBackupTime":"2026-02-02T00:00:00Z"}}`,
+	} {
+		a.putStatus(a.read("ObjectStore", a.namespace, "role"), `{"serverRecoveryWindow":`+windows+`}`)
+	}
+	waitFor(t, "the columns", func() bool {
+		s := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "role")).Status
+		return s.LastBackup != nil && s.LastBackup.UTC().String()[:10] == "2026-02-02" && s.FirstRecoverabilityPoint.UTC().String()[:10] == "2026-02-01"
+	})
+
 	// Each has cost its Secrets and one write; what does not change its worth costs nothing.
 	quiet := len(p.requests.since(0))
 	a.change("ObjectStore", a.namespace, "no-secret", func(store map[string]any) {
@@ -2305,7 +2317,7 @@ func TestAPIOldObjectsBreakNewRules(t *testing.T) {
 			{"serverRecoveryWindow": map[string]any{"pg": map[string]any{"lastFailedBackupTime": "2026-01-02T03:04:05Z"}}},
 			{
 				"conditions": []any{map[string]any{"type": "Ready", "status": "False", "reason": "R", "message": "m", "lastTransitionTime": "2026-01-02T03:04:05Z"}},
-				"servers": map[string]any{"pg": map[string]any{"later": int64(1), "conditions": []any{
+				"servers": map[string]any{"pg": map[string]any{"missingWAL": int64(1), "conditions": []any{
 					map[string]any{"type": "Archiving", "status": "True", "reason": "R", "message": "m", "lastTransitionTime": "2026-01-02T03:04:05Z"}}}},
 			},
 		} {

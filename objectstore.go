@@ -157,12 +157,29 @@ type DataConfiguration struct {
 	RestoreAdditionalCommandArgs []string `json:"restoreAdditionalCommandArgs,omitempty"`
 }
 
-// ObjectStoreStatus is written by the sidecars, each under its own server name; the
-// conditions are the operator mode's.
+// ObjectStoreStatus is written by the sidecars, each under its own server name, and by the
+// operator mode: the conditions, and what can be said of all servers, for kubectl's columns.
 type ObjectStoreStatus struct {
-	Conditions           []metav1.Condition        `json:"conditions,omitempty"`
+	Conditions               []metav1.Condition `json:"conditions,omitempty"`
+	LastBackup               *metav1.Time       `json:"lastBackup,omitempty"`
+	FirstRecoverabilityPoint *metav1.Time       `json:"firstRecoverabilityPoint,omitempty"`
+
 	ServerRecoveryWindow map[string]RecoveryWindow `json:"serverRecoveryWindow,omitempty"`
 	Servers              map[string]ServerStatus   `json:"servers,omitempty"`
+}
+
+// ofAllServers is the last backup that is the oldest, and the first point of recovery that
+// is the newest: what is true of every server that has any.
+func (s *ObjectStoreStatus) ofAllServers() (last, first *metav1.Time) {
+	for _, w := range s.ServerRecoveryWindow {
+		if t := w.LastSuccessfulBackupTime; t != nil && (last == nil || t.Before(last)) {
+			last = t
+		}
+		if t := w.FirstRecoverabilityPoint; t != nil && (first == nil || first.Before(t)) {
+			first = t
+		}
+	}
+	return last, first
 }
 
 // ServerStatus is what the sidecars of one server report. What changes all the time, such
