@@ -67,7 +67,7 @@ e2e: image
 
 # The Debian packages that demo and tests need, where they are missing.
 deps:
-	hack/deps.sh postgres barman codecs
+	hack/deps.sh postgres barman codecs promtool
 
 check: check-manifest
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "run gofmt -w $$unformatted" >&2; exit 1; }

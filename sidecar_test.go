@@ -36,6 +36,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/yaml"
 )
 
 // ---------------------------------------------------------------------------
@@ -1418,4 +1419,54 @@ func TestListShowsTheWAL(t *testing.T) {
 			}
 		}
 	}
+}
+
+// The alerts of examples/ are about metrics that there are, and each one fires when it should.
+func TestAlerts(t *testing.T) {
+	content, err := os.ReadFile("examples/alerts.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defined, err := (&metricsService{}).Define(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range regexp.MustCompile(metricPrefix+`\w+`).FindAllString(string(content), -1) {
+		if !slices.ContainsFunc(defined.Metrics, func(m *metrics.Metric) bool { return m.FqName == name }) {
+			t.Errorf("there is no metric %s", name)
+		}
+	}
+	dir := testDir(t)
+	rules, err := yaml.Marshal(fromYAML(t, string(content)).Object["spec"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustWrite(t, filepath.Join(dir, "rules.yaml"), string(rules))
+	// Two instances of one Cluster; the clock of the test begins in 1970.
+	var test strings.Builder
+	test.WriteString("rule_files: [rules.yaml]\nevaluation_interval: 5m\ntests:\n")
+	for _, c := range []struct{ alert, series, values, labels, at string }{
+		{"BarmanWALNotArchived", "oldest_waiting_wal_age_seconds", "0 300 600 900 1200", `pod="pg-1", severity="critical"`, "20m"},
+		{"BarmanConditionFailed", `condition_failed{type="Archiving",`, "0 1x6", `cluster="pg", severity="warning", type="Archiving"`, "30m"},
+		{"BarmanBackupTooOld", "last_available_backup_timestamp", "600x500", `cluster="pg", severity="warning"`, "37h"},
+		{"BarmanNoBackup", "last_available_backup_timestamp", "0x300", `cluster="pg", severity="warning"`, "24h"},
+		{"BarmanWALMissing", "missing_wal_segments", "0 0 2 2", `cluster="pg", severity="critical"`, "10m"},
+		{"BarmanBadPages", "bad_pages", "0 0 2 2", `cluster="pg", severity="critical"`, "10m"},
+		{"BarmanBackupFailed", "last_failed_backup_timestamp", "0 0 500 500", `cluster="pg", severity="warning"`, "10m"},
+		{"BarmanStoreCertificateEnds", "s3_certificate_expiry_timestamp_seconds", "0 0 100000 100000", `pod="pg-1", severity="warning"`, "10m"},
+		{"BarmanStoreErrors", `s3_errors_total{code="SlowDown",`, "0+60x20", `code="SlowDown", pod="pg-1", severity="warning"`, "30m"},
+	} {
+		if !strings.Contains(c.series, "{") {
+			c.series += "{"
+		}
+		fmt.Fprintf(&test, "- interval: 5m\n  input_series:\n  - {series: '%s%snamespace=\"db\", pod=\"pg-1\"}', values: '%s'}\n", metricPrefix, c.series, c.values)
+		if c.alert == "BarmanBackupFailed" {
+			fmt.Fprintf(&test, "  - {series: '%slast_available_backup_timestamp{namespace=\"db\", pod=\"pg-1\"}', values: '10x10'}\n", metricPrefix)
+		}
+		fmt.Fprintf(&test, "  promql_expr_test:\n  - {expr: 'count(ALERTS{alertname=\"%s\", alertstate=\"firing\", namespace=\"db\", %s})', eval_time: %s, exp_samples: [{labels: '{}', value: 1}]}\n", c.alert, c.labels, c.at)
+		fmt.Fprintf(&test, "  - {expr: 'count(ALERTS{alertname=\"%s\", alertstate=\"firing\"})', eval_time: 5m, exp_samples: []}\n", c.alert)
+	}
+	mustWrite(t, filepath.Join(dir, "test.yaml"), test.String())
+	mustRun(t, exec.Command("promtool", "check", "rules", filepath.Join(dir, "rules.yaml")))
+	mustRun(t, exec.Command("promtool", "test", "rules", filepath.Join(dir, "test.yaml")))
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # deps.sh COMMAND... - install the Debian packages that bring these commands, where they
 # are missing: postgres (the server, with pgbench), barman (Barman's cloud programs),
-# codecs (the programs of the compression formats).
+# codecs (the programs of the compression formats), promtool (Prometheus' checker of rules).
 set -euo pipefail
 
 packages=()
@@ -11,6 +11,7 @@ for command in "$@"; do
     compgen -G "${PG_BINDIR:-/usr/lib/postgresql/*/bin}/initdb" >/dev/null || packages+=(postgresql) ;;
   codecs)
     for program in bzip2 lz4 xz:xz-utils zstd; do command -v "${program%:*}" >/dev/null || packages+=("${program#*:}"); done ;;
+  promtool) command -v promtool >/dev/null || packages+=(prometheus) ;;
   barman) command -v barman-cloud-backup >/dev/null || packages+=(barman-cli-cloud) ;;
   *) echo "deps.sh: no package is known for $command" >&2; exit 2 ;;
   esac
@@ -24,5 +25,6 @@ command -v apt-get >/dev/null || {
 sudo=()
 [ "$(id -u)" = 0 ] || sudo=(sudo)
 echo "installing ${packages[*]}"
+# RUNLEVEL=1: the daemons in them are not started.
 "${sudo[@]}" apt-get update -q
-"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${packages[@]}"
+"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -q -y --no-install-recommends "${packages[@]}"
