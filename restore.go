@@ -433,7 +433,7 @@ func listArchives(ctx context.Context, s *Store, b *BackupInfo) ([]dataArchive, 
 		}
 		for name, a := range found {
 			if strings.HasPrefix(name, tree+"_") {
-				return fmt.Errorf("%w: there is %s, but not number %d of its archives", errNoRecoverable, s.URL(a.Key), n)
+				return fmt.Errorf("%w: there is %s, but no %s.tar, number %d of its archives", errNoRecoverable, s.URL(a.Key), archiveName(tree, n), n)
 			}
 		}
 		if n == 0 {
