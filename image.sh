@@ -34,6 +34,7 @@ pack "$work/rootfs" cnpg-barman-s3 >"$work/layer.tar"
 diff_id=$(sha256sum "$work/layer.tar" | cut -d' ' -f1)
 gzip -9 -n "$work/layer.tar"
 layer=$(blob "$work/layer.tar.gz")
+[ "$(size "$layer")" -le 20971520 ] || { echo "image.sh: the layer has $(size "$layer") bytes compressed; 20 MiB is what the image may have" >&2; exit 1; }
 
 # A numeric user: the kubelet cannot check runAsNonRoot against a name.
 cat >"$work/config.json" <<JSON
@@ -56,5 +57,4 @@ cat >"$layout/manifest.json" <<JSON
 JSON
 
 pack "$layout" blobs index.json manifest.json oci-layout >"$archive"
-[ "$(size "$layer")" -le 20971520 ] || { echo "image.sh: the layer has $(size "$layer") bytes compressed; 20 MiB is what the image may have" >&2; exit 1; }
 echo "$archive: $reference, linux/$arch, $(stat -c %s "$archive") bytes compressed, manifest sha256:$manifest"
