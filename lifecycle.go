@@ -25,6 +25,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -489,7 +490,7 @@ func (l operatorLifecycle) LifecycleHook(ctx context.Context, req *lifecycle.Ope
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	nothing := &lifecycle.OperatorLifecycleResponse{}
+	response := &lifecycle.OperatorLifecycleResponse{}
 	var object metav1.TypeMeta
 	if err := json.Unmarshal(req.GetObjectDefinition(), &object); err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "decode the object of the request: %v", err)
@@ -518,7 +519,7 @@ func (l operatorLifecycle) LifecycleHook(ctx context.Context, req *lifecycle.Ope
 	case err != nil:
 		return nil, status.Errorf(codes.InvalidArgument, "decode the %s of the request: %v", object.Kind, err)
 	case ruling == nil || container == "":
-		return nothing, nil
+		return response, nil
 	}
 	stores, _, err := l.storesOf(ctx, cluster)
 	if err != nil {
@@ -532,14 +533,10 @@ func (l operatorLifecycle) LifecycleHook(ctx context.Context, req *lifecycle.Ope
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "inject the sidecar for Cluster %s/%s: %v", cluster.Namespace, cluster.Name, err)
 	}
-	if len(patch) == 0 {
-		return nothing, nil
+	if len(patch) > 0 {
+		response.JsonPatch, err = json.Marshal(patch)
 	}
-	b, err := json.Marshal(patch)
-	if err != nil {
-		return nil, status.Errorf(codes.Internal, "encode the patch: %v", err)
-	}
-	return &lifecycle.OperatorLifecycleResponse{JsonPatch: b}, nil
+	return response, err
 }
 
 // recoveryRole returns the role of a Job that restores, which is also the name of its
@@ -680,39 +677,26 @@ func (o *operator) sidecar(c *Cluster, stores []*ObjectStore, config *InstanceSi
 	}
 	yes, no := true, false
 	always := corev1.ContainerRestartPolicyAlways
-	sidecar := &corev1.Container{
-		Name:            sidecarName,
-		Image:           o.sidecarImage,
-		ImagePullPolicy: corev1.PullPolicy(o.imagePullPolicy),
-		Args:            slices.Concat([]string{"sidecar", "--log-level=" + cmp.Or(config.LogLevel, "info")}, config.AdditionalContainerArgs),
-		RestartPolicy:   &always,
-		Env:             env,
-		EnvFrom:         postgres.EnvFrom,
-		Resources:       config.Resources,
+	return &corev1.Container{
+		Name: sidecarName, Image: o.sidecarImage, ImagePullPolicy: corev1.PullPolicy(o.imagePullPolicy), RestartPolicy: &always,
+		Args: slices.Concat([]string{"sidecar", "--log-level=" + cmp.Or(config.LogLevel, "info")}, config.AdditionalContainerArgs),
+		Env:  env, EnvFrom: postgres.EnvFrom, Resources: config.Resources,
 		StartupProbe: &corev1.Probe{
-			ProbeHandler:     corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{sidecarBinary, "healthcheck"}}},
-			PeriodSeconds:    1,
-			TimeoutSeconds:   5,
-			FailureThreshold: 30,
+			ProbeHandler:  corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{sidecarBinary, "healthcheck"}}},
+			PeriodSeconds: 1, TimeoutSeconds: 5, FailureThreshold: 30,
 		},
+		// kubectl describe shows why it could not start.
+		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
 		// No user: the Pod's is postgres, which peer authentication on the socket needs.
 		SecurityContext: &corev1.SecurityContext{
-			AllowPrivilegeEscalation: &no,
-			Privileged:               &no,
-			RunAsNonRoot:             &yes,
-			ReadOnlyRootFilesystem:   &yes,
-			SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
-			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+			AllowPrivilegeEscalation: &no, Privileged: &no, RunAsNonRoot: &yes, ReadOnlyRootFilesystem: &yes,
+			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+			Capabilities:   &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
 		},
-	}
-	// PGDATA, the WAL volume, tablespaces, the scratch directory with PostgreSQL's socket,
-	// and the API server's token where the operator mounts it itself.
-	for _, m := range postgres.VolumeMounts {
-		if m.Name != certificatesVolume {
-			sidecar.VolumeMounts = append(sidecar.VolumeMounts, m)
-		}
-	}
-	return sidecar, nil
+		// PGDATA, the WAL volume, tablespaces, the scratch directory with PostgreSQL's socket,
+		// and the API server's token where the operator mounts it itself.
+		VolumeMounts: slices.DeleteFunc(slices.Clone(postgres.VolumeMounts), func(m corev1.VolumeMount) bool { return m.Name == certificatesVolume }),
+	}, nil
 }
 
 // sidecarEnv: what postgres has, overridden by what the plugin must set and by what the
@@ -730,6 +714,8 @@ func sidecarEnv(c *Cluster, stores []*ObjectStore, config *InstanceSidecarConfig
 	if c.APIVersion == "" {
 		return nil, errors.New("the Cluster of the request has no apiVersion")
 	}
+	// These describe the Pod; a store that overrode them would break the sidecar.
+	final := map[string]bool{"PGDATA": true, "POD_NAME": true}
 	for _, v := range []corev1.EnvVar{
 		{Name: "NAMESPACE", Value: c.Namespace},
 		{Name: "CLUSTER_NAME", Value: c.Name},
@@ -738,16 +724,12 @@ func sidecarEnv(c *Cluster, stores []*ObjectStore, config *InstanceSidecarConfig
 		{Name: "CUSTOM_CNPG_VERSION", Value: version},
 	} {
 		set(v)
+		final[v.Name] = true
 	}
 	if limit := config.Resources.Limits.Memory(); !limit.IsZero() {
 		// The Go runtime collects harder near this than the kernel would at the limit;
 		// the rest is for what it does not count. A reference to limits.memory cannot be scaled.
 		set(corev1.EnvVar{Name: "GOMEMLIMIT", Value: strconv.FormatInt(limit.Value()/10*9, 10)})
-	}
-	// These describe the Pod; a store that overrode them would break the sidecar.
-	final := map[string]bool{
-		"NAMESPACE": true, "CLUSTER_NAME": true, "SPOOL_DIRECTORY": true, "CUSTOM_CNPG_GROUP": true,
-		"CUSTOM_CNPG_VERSION": true, "PGDATA": true, "POD_NAME": true,
 	}
 	for _, s := range stores {
 		for _, v := range s.Spec.InstanceSidecarConfiguration.Env {
@@ -858,16 +840,14 @@ func setOwnership(m *metav1.ObjectMeta, cluster string, owner metav1.OwnerRefere
 	if m.Labels == nil {
 		m.Labels = map[string]string{}
 	}
-	for k, v := range map[string]string{
+	maps.Copy(m.Labels, map[string]string{
 		clusterLabel:                   cluster,
 		"app.kubernetes.io/name":       "barman-cloud-plugin",
 		"app.kubernetes.io/instance":   cluster,
 		"app.kubernetes.io/version":    version,
 		"app.kubernetes.io/component":  "database",
 		"app.kubernetes.io/managed-by": fieldManager,
-	} {
-		m.Labels[k] = v
-	}
+	})
 	m.OwnerReferences = slices.DeleteFunc(m.OwnerReferences, func(r metav1.OwnerReference) bool {
 		return r.Kind == owner.Kind && r.Name == owner.Name && r.UID != owner.UID
 	})
@@ -1077,9 +1057,7 @@ func (o *operator) syncCertificates(ctx context.Context) error {
 		return err
 	}
 	trusted := x509.NewCertPool()
-	if foreign(server) && foreign(client) {
-		slog.Debug("Both TLS Secrets are somebody else's")
-	} else {
+	if !foreign(server) || !foreign(client) {
 		ca, err := o.authority(ctx)
 		if err != nil {
 			return err
@@ -1090,9 +1068,7 @@ func (o *operator) syncCertificates(ctx context.Context) error {
 		if client, err = o.ensureLeaf(ctx, ca, o.clientSecret, client, x509.ExtKeyUsageClientAuth); err != nil {
 			return err
 		}
-		for _, c := range ca.bundle {
-			trusted.AddCert(c)
-		}
+		trusted = pool(ca.bundle)
 	}
 	pair, err := keyPair(server)
 	if err != nil {
@@ -1117,12 +1093,8 @@ func (o *operator) syncCertificates(ctx context.Context) error {
 		// announced, sends no certificate at all. The verification is the same.
 		ClientAuth: tls.RequireAnyClientCert,
 		VerifyConnection: func(state tls.ConnectionState) error {
-			intermediates := x509.NewCertPool()
-			for _, c := range state.PeerCertificates[1:] {
-				intermediates.AddCert(c)
-			}
 			_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{
-				Roots: trusted, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+				Roots: trusted, Intermediates: pool(state.PeerCertificates[1:]), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 			})
 			return err
 		},
@@ -1171,15 +1143,11 @@ func (o *operator) authority(ctx context.Context) (*authority, error) {
 			return nil, err
 		}
 		ca.current = *pair
-		for _, der := range pair.Certificate {
-			c, err := x509.ParseCertificate(der)
-			if err != nil {
-				return nil, fmt.Errorf("Secret %s/%s: tls.crt: %w", s.Namespace, s.Name, err)
-			}
-			if len(ca.bundle) == 0 || time.Now().Before(c.NotAfter) {
-				ca.bundle = append(ca.bundle, c)
-			}
+		certificates, err := x509.ParseCertificates(slices.Concat(pair.Certificate...))
+		if err != nil {
+			return nil, fmt.Errorf("Secret %s/%s: tls.crt: %w", s.Namespace, s.Name, err)
 		}
+		ca.bundle = slices.DeleteFunc(certificates, func(c *x509.Certificate) bool { return c != certificates[0] && time.Now().After(c.NotAfter) })
 		if foreign(s) || time.Until(pair.Leaf.NotAfter) > caRenewBefore {
 			return ca, nil
 		}
@@ -1212,14 +1180,10 @@ func (o *operator) ensureLeaf(ctx context.Context, ca *authority, name string, s
 	template.ExtKeyUsage = []x509.ExtKeyUsage{usage}
 
 	if s != nil {
-		roots := x509.NewCertPool()
-		for _, c := range ca.bundle {
-			roots.AddCert(c)
-		}
 		pair, err := keyPair(s)
 		if err == nil {
 			_, err = pair.Leaf.Verify(x509.VerifyOptions{
-				Roots: roots, KeyUsages: template.ExtKeyUsage, CurrentTime: time.Now().Add(leafRenewBefore),
+				Roots: pool(ca.bundle), KeyUsages: template.ExtKeyUsage, CurrentTime: time.Now().Add(leafRenewBefore),
 			})
 		}
 		if err == nil && len(template.DNSNames) > 0 {
@@ -1238,6 +1202,14 @@ func (o *operator) ensureLeaf(ctx context.Context, ca *authority, name string, s
 		return nil, err
 	}
 	return o.writePair(ctx, name, role, s, pair, ca.bundle)
+}
+
+func pool(certificates []*x509.Certificate) *x509.CertPool {
+	p := x509.NewCertPool()
+	for _, c := range certificates {
+		p.AddCert(c)
+	}
+	return p
 }
 
 func certificateTemplate(commonName string, lifetime time.Duration) *x509.Certificate {
@@ -1268,7 +1240,7 @@ func issue(template *x509.Certificate, parent *tls.Certificate) (*tls.Certificat
 	}
 	leaf, err := x509.ParseCertificate(der)
 	if err != nil {
-		return nil, fmt.Errorf("read back the certificate of %s: %w", template.Subject.CommonName, err)
+		return nil, fmt.Errorf("sign the certificate of %s: %w", template.Subject.CommonName, err)
 	}
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, nil
 }

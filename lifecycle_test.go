@@ -1613,6 +1613,9 @@ configuration:
 		if sidecar.RestartPolicy == nil || *sidecar.RestartPolicy != corev1.ContainerRestartPolicyAlways {
 			t.Error("not a native sidecar")
 		}
+		if sidecar.TerminationMessagePolicy != corev1.TerminationMessageFallbackToLogsOnError {
+			t.Error("kubectl describe would not show why a sidecar could not start")
+		}
 		if sidecar.Command != nil {
 			t.Errorf("command %q instead of the image's entrypoint", sidecar.Command)
 		}
