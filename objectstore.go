@@ -1929,7 +1929,7 @@ var codecs = []*codec{
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			z, err := pgzip.NewWriterLevel(w, level)
 			if err == nil {
-				err = z.SetConcurrency(chunkSize, 2)
+				err = z.SetConcurrency(chunkSize/2, 2)
 			}
 			return gzipWriter{z}, err
 		},

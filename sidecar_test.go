@@ -622,6 +622,58 @@ func TestMemoryArchive(t *testing.T) {
 	})
 }
 
+// A database of 400 MB in 200,000 files is backed up, and restored, within 64 MiB.
+func TestMemoryBackupRestore(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket, "data: {compression: gzip, immediateCheckpoint: true}")
+	p := startPostgres(t, pgOptions{Checksums: true, ArchiveCommand: archivingTo(t, file)})
+	p.pgbenchTables(10)
+	p.Exec("CHECKPOINT")
+	accounts, err := os.ReadFile(filepath.Join(p.Dir, p.Query("SELECT pg_relation_filepath('pgbench_accounts')")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What PostgreSQL does not know does not bother it, and is stored like a relation.
+	dir := filepath.Join(p.Dir, "base", p.Query("SELECT oid FROM pg_database WHERE datname = 'postgres'"))
+	name := func(dir string, n int) string { return filepath.Join(dir, strconv.Itoa(1_000_000+n)) }
+	for n := range 200_000 {
+		var err error
+		switch {
+		case n < 2:
+			err = os.WriteFile(name(dir, n), accounts, 0o644)
+		case n < 100:
+			err = os.WriteFile(name(dir, n), accounts[:n], 0o644)
+		default: // a link is made, and removed, faster than a file
+			err = os.Link(name(dir, 2+n%98), name(dir, n))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	socket := filepath.Join(testDir(t), "s")
+	cmd := limited(t, asPostgres(t, program(t), "sidecar", "--socket", socket, "--objectstore", file, "--pgdata", p.Dir))
+	cmd.Env = append(append(os.Environ(), p.Env()...), "POD_NAME=main-1")
+	s := startSidecarCommand(t, socket, cmd)
+	if _, err := backup.NewBackupClient(s.dial()).Backup(t.Context(), &backup.BackupRequest{ClusterDefinition: []byte(mainCluster)}); err != nil {
+		t.Fatal(err)
+	}
+	restored := filepath.Join(testDir(t), "pgdata") // on a disk: what lies on a tmpfs counts as the memory of whoever writes it
+	backupPeak, restorePeak := peakMemory(s.cmd.Process.Pid), runLimited(t, asPostgres(t, program(t), "restore", "--objectstore", file, "--server-name", "main", restored))
+	t.Logf("backup %d KiB, restore %d KiB", backupPeak, restorePeak)
+	if max(backupPeak, restorePeak) > memoryLimit>>10 {
+		t.Error("that is more than README says")
+	}
+	for _, n := range []int{1, 99, 199_999} {
+		was, err := os.Stat(name(dir, n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(name(filepath.Join(restored, "base", filepath.Base(dir)), n)); err != nil || info.Size() != was.Size() {
+			t.Errorf("file %d: %v, %v", n, info, err)
+		}
+	}
+}
+
 // memorySegment is the file of a segment with so many bytes of content, of which there are a few.
 func memorySegment(t testing.TB, size, content int64, n uint64) string {
 	t.Helper()
