@@ -118,15 +118,15 @@ func takeBackup(ctx context.Context, s *Store, o backupOptions) (_ *BackupInfo, 
 	if err != nil {
 		return nil, fmt.Errorf("back up: %w", err)
 	}
+	b, err := newBaseBackup(s, o, session, info)
+	if err != nil {
+		return nil, fmt.Errorf("back up: %w", err)
+	}
 	id, err := nextBackupID(ctx, s)
 	if err != nil {
 		return nil, fmt.Errorf("back up: choose a backup id: %w", err)
 	}
 	info.ID, info.BackupName = id, o.Name
-	b, err := newBaseBackup(s, o, session, info)
-	if err != nil {
-		return nil, fmt.Errorf("backup %s: %w", id, err)
-	}
 	// Whatever fails ends everything else, and the first failure is the one reported.
 	ctx, b.fail = context.WithCancelCause(ctx)
 	defer b.fail(nil)
@@ -143,21 +143,38 @@ func takeBackup(ctx context.Context, s *Store, o backupOptions) (_ *BackupInfo, 
 	return b.info, nil
 }
 
-// nextBackupID is the current time in UTC, or one second after the newest id under
+// reservedName is an object that makes an id the backup's own until it is done or failed:
+// two instances that begin a backup in the same second would mix their archives.
+const reservedName = "reserved"
+
+// nextBackupID reserves the current time in UTC, or one second after the newest id under
 // base/: backups are ordered by their ids, and a Barman elsewhere names its own after
 // its local time, which may be ahead of UTC.
 func nextBackupID(ctx context.Context, s *Store) (string, error) {
-	ids, err := s.ListDirectories(ctx, s.key("base/"))
-	if err != nil {
-		return "", err
-	}
-	now := time.Now().UTC()
-	for _, id := range ids {
-		if t, err := time.Parse(backupIDLayout, id); err == nil && !now.After(t.Add(time.Second)) {
-			now = t.Add(time.Second)
+	for {
+		ids, err := s.ListDirectories(ctx, s.key("base/"))
+		if err != nil {
+			return "", err
+		}
+		now := time.Now().UTC()
+		for _, id := range ids {
+			if t, err := time.Parse(backupIDLayout, id); err == nil && !now.After(t.Add(time.Second)) {
+				now = t.Add(time.Second)
+			}
+		}
+		id := now.Format(backupIDLayout)
+		err = s.Put(ctx, s.baseKey(id, reservedName), nil, putOptions{Data: true, IfAbsent: true})
+		if !errors.Is(err, errPrecondition) { // or else another backup has it, and is listed
+			return id, err
 		}
 	}
-	return now.Format(backupIDLayout), nil
+}
+
+// release gives the reservation of the id up; backup.info takes its place.
+func (b *baseBackup) release(ctx context.Context) {
+	if err := b.store.Delete(ctx, b.store.baseKey(b.info.ID, reservedName)); err != nil {
+		slog.Warn("An object that has no use any more stays in the bucket", "object", b.store.URL(b.store.baseKey(b.info.ID, reservedName)), "error", err)
+	}
 }
 
 // baseBackup is a base backup in progress.
@@ -267,6 +284,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 	// and the DONE would come after the FAILED of undo.
 	commit, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
 	defer cancel()
+	b.release(commit)
 	if err := b.store.WriteBackupInfo(commit, b.info); err != nil {
 		return err
 	}
@@ -347,6 +365,7 @@ func (b *baseBackup) undo(ctx context.Context, cause error) {
 		workers.Go(a.abort)
 	}
 	workers.Wait()
+	b.release(ctx)
 	b.info.Status, b.info.Error, b.info.EndTime = statusFailed, cause.Error(), time.Time{}
 	if err := b.store.WriteBackupInfo(ctx, b.info); err != nil {
 		// If only the reply to a DONE was lost, then that backup is whole, and stays so.

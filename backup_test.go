@@ -1137,6 +1137,15 @@ func TestNextBackupID(t *testing.T) {
 	if id, err := nextBackupID(t.Context(), store); err != nil || id < before || !backupIDForm.MatchString(id) {
 		t.Errorf("next id %q (%v), want %s or later", id, err, before)
 	}
+	var wait sync.WaitGroup
+	ids := make([]string, 5) // several instances in the same second
+	for i := range ids {
+		wait.Go(func() { ids[i], _ = nextBackupID(t.Context(), store) })
+	}
+	wait.Wait()
+	if slices.Sort(ids); ids[0] == "" || len(slices.Compact(ids)) != 5 {
+		t.Errorf("ids of backups that begin at once: %q", ids)
+	}
 	s.write(t, bucket, "main/base/20991231T235959/data.tar", []byte("of a backup in progress"))
 	s.write(t, bucket, "main/base/unrelated/x", nil)
 	if id, err := nextBackupID(t.Context(), store); err != nil || id != "21000101T000000" {

@@ -145,6 +145,29 @@ func TestCommandArgs(t *testing.T) {
 	}
 }
 
+// No arguments break the parser, and what it takes is within what the program can do.
+func FuzzCommandArgs(f *testing.F) {
+	for _, args := range []string{"--read-timeout=60 --min-chunk-size=5MB", "-S 20MB -e aws:kms --sse-kms-key-id k", "--tag k,v --tags=k2,v2", "--tablespace a:/x", "-vv -- x", "--max-bandwidth 1.5e"} {
+		f.Add(args)
+	}
+	f.Fuzz(func(t *testing.T, line string) {
+		args, err := parseCommandArgs("wal.additionalCommandArgs", strings.Fields(line))
+		if err != nil {
+			if !strings.Contains(err.Error(), "wal.additionalCommandArgs") {
+				t.Errorf("%q: %v does not name the field", line, err)
+			}
+			return
+		}
+		if args.ReadTimeout < 0 || args.MinChunkSize < 0 || args.MaxArchiveSize < 0 || args.MaxBandwidth < 0 {
+			t.Errorf("%q: %+v", line, args)
+		}
+		again, err := parseCommandArgs("wal.additionalCommandArgs", strings.Fields(line))
+		if err != nil || !reflect.DeepEqual(args, again) {
+			t.Errorf("%q: %+v, then %+v, %v", line, args, again, err)
+		}
+	})
+}
+
 func TestParseSize(t *testing.T) {
 	for in, want := range map[string]int64{
 		"0": 0, "123": 123, "123b": 123, "1k": 1 << 10, "1KB": 1 << 10, "20MB": 20 << 20, "20 MiB": 20 << 20, "1.5G": 3 << 29, "100GB": 100 << 30, "1TiB": 1 << 40,

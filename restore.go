@@ -1400,6 +1400,9 @@ type neededWAL struct {
 	systemID uint64
 }
 
+// maxVerifiedSegments bounds what one name in the bucket can ask for: 16 TiB of WAL in most clusters.
+const maxVerifiedSegments = 1 << 20
+
 // findWAL finds out which segments the backups need, tells those that are not there, and
 // returns the stored forms of the others.
 func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) ([]neededWAL, error) {
@@ -1446,6 +1449,10 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 		}
 		if w, err := parseWALName(newest[timeline]); err == nil {
 			end = max(end, LSN((w.number(size)+1)*uint64(size)))
+		}
+		if n := segmentNumber(end, size) - segmentNumber(begin, size); end > begin && n > maxVerifiedSegments {
+			v.problem(&b.Problems, fmt.Errorf("%w: %s, the newest segment, is %d segments after its begin: it is another cluster's", errDamaged, newest[timeline], n))
+			continue
 		}
 		for _, name := range requiredSegments(begin, end, timeline, histories[timeline], size) {
 			if !slices.Contains(b.info.WALInBackup, name) {

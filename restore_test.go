@@ -1447,5 +1447,8 @@ func TestVerify(t *testing.T) {
 	damage(stored(second, ""), os.Remove, "WAL is missing in the archive: "+second)
 	damage("main/wals/00000002.history", os.Remove, "00000002.history")
 	damage("main/wals/00000002.history", flip(3), "00000002.history")
+	s.write(t, bucket, "main/wals/00000002FFFFFFFF/00000002FFFFFFFF000000FE", []byte("far away"))
+	verify(1, "another cluster's")
+	s.remove(t, bucket, "main/wals/00000002FFFFFFFF/00000002FFFFFFFF000000FE")
 	verify(0, `"ok": true`) // what was undone is whole
 }

@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -180,6 +181,34 @@ func TestWALNames(t *testing.T) {
 
 // The names of segments, for every size, against PostgreSQL's own arithmetic: the last
 // segment of a log is FF for 16 MiB, FFF for 1 MiB, 3F for 64 MiB, 3 for 1 GiB.
+// What is taken for a WAL file has one key below wals/, and a segment one place on its timeline.
+func FuzzWALName(f *testing.F) {
+	for _, name := range []string{seg5, seg5 + ".partial", seg5 + ".00000028.backup", "00000002.history", "../" + seg5, "0000000100000000000000ff", ""} {
+		f.Add(name)
+	}
+	s := &Store{Config: StoreConfig{ServerName: "main"}}
+	f.Fuzz(func(t *testing.T, name string) {
+		w, err := parseWALName(name)
+		if err != nil {
+			if !errors.Is(err, errWALName) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if key := s.walPrefix(name); path.Clean(key) != key || !strings.HasPrefix(key, "main/wals/") || path.Base(key) != name {
+			t.Errorf("%q lies at %q", name, key)
+		}
+		for size := int64(mib); size <= 1<<30; size *= 2 {
+			if w.Kind == walSegment && uint64(w.Seg) < segmentsPerLog(size) && segmentName(w.Timeline, w.number(size), size) != name {
+				t.Errorf("%q with segments of %d bytes is %q", name, size, segmentName(w.Timeline, w.number(size), size))
+			}
+		}
+		if base, _ := splitSuffix(name); base != name {
+			t.Errorf("%q has the suffix of a codec", name)
+		}
+	})
+}
+
 func TestSegmentArithmetic(t *testing.T) {
 	for _, c := range []struct {
 		lsn  string
