@@ -870,6 +870,7 @@ type retentionPlan struct {
 	// boundary is the first segment of the newest backup from which the whole window can be
 	// recovered: WAL after it is not looked at. "" when there is none, and then no WAL goes.
 	boundary  string
+	timelines []uint32 // that are known; others are not looked at either
 	needs     []walNeed
 	ranges    [][2]string // first and last segment of each backup that is kept standalone
 	histories timelineHistories
@@ -925,11 +926,12 @@ func planRetention(f retentionFacts) *retentionPlan {
 		case unclear != "":
 			v.Why = unclear
 			p.needUnclear(b, f.catalog.Backups)
-		case p.boundary == "":
+		case good == "":
 			newest = cmp.Or(newest, b)
 			end, _ := parseLSN(b.EndLSN)
 			off := ""
-			if b.SystemID == newest.SystemID { // otherwise of a former cluster of that name, whose positions say nothing
+			same := b.SystemID == newest.SystemID // otherwise of a former cluster of that name, whose positions say nothing
+			if same {
 				off = f.histories.offLine(timelineOf(newest.EndWAL, newest.Timeline), timelineOf(b.EndWAL, b.Timeline), end)
 			}
 			p.need(b)
@@ -939,7 +941,10 @@ func planRetention(f retentionFacts) *retentionPlan {
 			case off != "":
 				v.Why = fmt.Sprintf("it ended before the window, but does not lead to %s: %s", newest.ID, off)
 			default:
-				p.boundary, good = b.BeginWAL, b.ID
+				good = b.ID
+				if same {
+					p.boundary = b.BeginWAL
+				}
 				v.Why = "the newest that ended before the window: recovery to the beginning of the window starts from it"
 			}
 		case keep == "standalone":
@@ -962,6 +967,14 @@ func planRetention(f retentionFacts) *retentionPlan {
 		p.needUnclear(&BackupInfo{ID: id}, f.catalog.Backups)
 	}
 	slices.SortFunc(p.verdicts, func(a, b verdict) int { return strings.Compare(b.ID, a.ID) })
+	known := map[uint32]bool{1: true}
+	for _, b := range f.catalog.Backups {
+		known[timelineOf(b.BeginWAL, b.Timeline)] = true
+	}
+	for t := range f.histories {
+		known[t] = true
+	}
+	p.timelines = slices.Sorted(maps.Keys(known))
 	return p
 }
 
@@ -1158,7 +1171,7 @@ func (s *Store) enforceRetention(ctx context.Context, o retentionOptions) (*rete
 	if err := d.flush(ctx); err != nil {
 		return r, err
 	}
-	for timeline := uint32(1); timeline <= timelineOf(plan.boundary, 0); timeline++ {
+	for _, timeline := range plan.timelines {
 		if err := s.deleteWAL(ctx, r, plan, timeline); err != nil {
 			return r, err
 		}
@@ -1198,7 +1211,7 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 		return nil, nil, err
 	}
 	r.Catalog = &Catalog{Backups: facts.catalog.Backups, Incomplete: facts.catalog.Incomplete, Unreadable: facts.catalog.Unreadable}
-	written := map[string]time.Time{} // to each backup, the last time
+	written, stored := map[string]time.Time{}, map[string]bool{} // to each backup, the last time, and whether it has objects of the layout
 	facts.keeps = map[string]string{}
 	for object, err := range s.List(ctx, s.key("base/")) {
 		if err != nil {
@@ -1209,6 +1222,9 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 			continue
 		}
 		written[id] = slices.MaxFunc([]time.Time{written[id], object.Modified}, time.Time.Compare)
+		if ours, _ := s.layoutKey(object.Key); ours == id {
+			stored[id] = true
+		}
 		if file == keepFile {
 			if facts.keeps[id], err = s.readKeep(ctx, id); err != nil {
 				return nil, nil, err
@@ -1220,7 +1236,7 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 			written[id] = slices.MaxFunc([]time.Time{written[id], u.active}, time.Time.Compare)
 		}
 	}
-	abandoned := func(t time.Time) bool { return o.Now.Sub(t) > debrisAge }
+	abandoned := func(t time.Time) bool { return !t.IsZero() && o.Now.Sub(t) > debrisAge }
 	for _, u := range all {
 		id, segment := s.layoutKey(u.key)
 		if !o.BackupRunning && (id != "" && abandoned(written[id]) || segment != "" && abandoned(u.active)) {
@@ -1234,7 +1250,7 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 		case unreadable || slices.ContainsFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == id }):
 		case !abandoned(written[id]):
 			facts.active = append(facts.active, id)
-		case uploadsKnown && !annotated && !o.BackupRunning:
+		case uploadsKnown && stored[id] && !annotated && !o.BackupRunning:
 			debris = append(debris, id)
 		}
 	}
