@@ -110,9 +110,21 @@ archiving='{.status.conditions[?(@.type=="ContinuousArchiving")].status}'
 archiving_message='{.status.conditions[?(@.type=="ContinuousArchiving")].message}'
 primary() { field "cluster/$1" '{.status.currentPrimary}'; }
 
-sql_on() { # sql_on POD SQL: as superuser, database app
-  k exec "$1" -c postgres -- \
-    psql --no-psqlrc --quiet --tuples-only --no-align --set ON_ERROR_STOP=1 --dbname app --command "$2"
+# As superuser, database app. A server that is just being restarted, as after a promotion, has not
+# heard the statement, which is therefore said again.
+sql_on() { # sql_on POD SQL
+  local errors status
+  errors=$(mktemp)
+  for _ in {1..10}; do
+    status=0
+    k exec "$1" -c postgres -- \
+      psql --no-psqlrc --quiet --tuples-only --no-align --set ON_ERROR_STOP=1 --dbname app --command "$2" 2>"$errors" || status=$?
+    grep -q 'connection to server on socket .* failed: ' "$errors" || break
+    sleep 2
+  done
+  cat "$errors" >&2
+  rm "$errors"
+  return $status
 }
 sql() { sql_on "$(primary "$1")" "$2"; } # sql CLUSTER SQL
 content() { sql "$1" "SELECT count(*) || ' rows, ' || coalesce(md5(string_agg(md5(t::text), ',' ORDER BY id)), '') FROM ${2:-item} t"; }
