@@ -53,6 +53,9 @@ type backupOptions struct {
 	Connection string
 	// PGData is where this process sees the data directory; "" is where the server says it is.
 	PGData string
+	// Archive is where the WAL is archived, when that is not where the backup goes; then
+	// the WAL that the backup needs is copied from there.
+	Archive *Store
 	// WALTimeout is how long archiving may stand still while the backup waits for its WAL.
 	WALTimeout time.Duration
 	// StandbyPatience is how long a standby waits for its last segment before it stores
@@ -251,6 +254,9 @@ func (b *baseBackup) run(ctx context.Context) error {
 		return err
 	}
 	if b.info.WALInBackup, err = b.waitForWAL(ctx, log, required); err != nil {
+		return err
+	}
+	if err := b.copyWAL(ctx, required); err != nil {
 		return err
 	}
 	for _, name := range b.info.WALInBackup {
@@ -637,15 +643,47 @@ func (b *baseBackup) timelineHistory(ctx context.Context, timeline uint32) ([]ti
 	}
 	var objects []walObject
 	if errors.Is(err, fs.ErrNotExist) {
-		objects, err = walObjects(ctx, b.store, name, false)
+		objects, err = walObjects(ctx, b.archive(), name, false)
 	}
 	if err == nil && len(objects) > 0 {
-		return readHistory(ctx, b.store, objects[0])
+		return readHistory(ctx, b.archive(), objects[0])
 	}
 	if err == nil {
-		err = fmt.Errorf("%w: %s is neither in pg_wal nor in %s", errWALMissing, name, b.store.URL(b.store.walPrefix(name)))
+		err = fmt.Errorf("%w: %s is neither in pg_wal nor in %s", errWALMissing, name, b.archive().URL(b.archive().walPrefix(name)))
 	}
 	return nil, fmt.Errorf("history of timeline %d, on which the backup ended: %w", timeline, err)
+}
+
+// archive is where the server's WAL is.
+func (b *baseBackup) archive() *Store { return cmp.Or(b.o.Archive, b.store) }
+
+// copyWAL gives a backup that lies elsewhere than the archive the WAL without which it cannot be restored.
+func (b *baseBackup) copyWAL(ctx context.Context, names []string) error {
+	if b.o.Archive == nil {
+		return nil
+	}
+	dir, err := os.MkdirTemp("", "backup-wal-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	for _, name := range names {
+		w, err := parseWALName(name)
+		if err != nil || slices.Contains(b.info.WALInBackup, name) {
+			continue
+		}
+		path := filepath.Join(dir, name)
+		if _, err := fetchWAL(ctx, b.o.Archive, w, path, 0, true); err != nil {
+			return err
+		}
+		if err := archiveWAL(ctx, b.store, path); err != nil {
+			return err
+		}
+		if err := os.Remove(path); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // waitForWAL waits until the archive has the files. On a standby whose archive lacks the
@@ -680,7 +718,7 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 		if time.Since(moved) >= b.o.WALTimeout {
 			_, state := b.archiver(ctx)
 			return nil, fmt.Errorf("%w: %s (the first of %d missing files; the backup needs %s to %s) is not in %s after %s: %s",
-				errWALMissing, names[0], len(names), first, last, b.store.URL(b.store.key("wals/")), waited.Round(time.Second), state)
+				errWALMissing, names[0], len(names), first, last, b.archive().URL(b.archive().key("wals/")), waited.Round(time.Second), state)
 		}
 		if time.Since(reported) >= b.o.ReportEvery {
 			reported = time.Now()
@@ -698,7 +736,7 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 func (b *baseBackup) missingWAL(ctx context.Context, names []string) ([]string, error) {
 	for len(names) > 0 {
 		present := map[string]bool{}
-		for o, err := range b.store.List(ctx, walListPrefix(b.store, names[0])) {
+		for o, err := range b.archive().List(ctx, walListPrefix(b.archive(), names[0])) {
 			if err != nil {
 				return nil, err
 			}
@@ -1614,12 +1652,18 @@ func (s *backupService) Backup(ctx context.Context, r *backup.BackupRequest) (*b
 	if err != nil {
 		return nil, grpcError(fmt.Errorf("back up: %w", err))
 	}
-	info, err := s.backup(ctx, *ref, r.Parameters)
+	place, err := backupPlace(cluster, *ref, r.Parameters)
+	var info *BackupInfo
+	if err != nil {
+		place = *ref
+	} else {
+		info, err = s.backup(ctx, *ref, place)
+	}
 	tell, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
-	s.record(tell, *ref, info, err)
+	s.record(tell, place, info, err)
 	if err != nil {
-		slog.Error("Backup failed", "cluster", cluster.Name, "objectStore", ref.ObjectStore, "serverName", ref.ServerName, "error", err)
+		slog.Error("Backup failed", "cluster", cluster.Name, "objectStore", place.ObjectStore, "serverName", place.ServerName, "error", err)
 		return nil, grpcError(err)
 	}
 	plugin := pluginMetadata()
@@ -1678,36 +1722,53 @@ var (
 	errParameters = errors.New("parameters of the Backup")
 )
 
-// backup takes one backup, if no other one is running.
-func (s *backupService) backup(ctx context.Context, ref StoreRef, parameters map[string]string) (*BackupInfo, error) {
+// backup takes one backup to a place, if no other one is running.
+func (s *backupService) backup(ctx context.Context, archive, place StoreRef) (*BackupInfo, error) {
 	if !s.running.CompareAndSwap(false, true) {
 		return nil, errBusy
 	}
 	defer s.running.Store(false)
-	if err := checkBackupParameters(ref, parameters); err != nil {
-		return nil, err
-	}
-	store, err := s.source.Store(ctx, ref)
+	store, err := s.source.Store(ctx, place)
 	if err != nil {
 		return nil, fmt.Errorf("back up: %w", err)
 	}
-	return takeBackup(ctx, store, backupOptions{Name: "backup-" + time.Now().UTC().Format("20060102150405"), PGData: s.pgdata})
-}
-
-// checkBackupParameters refuses a Backup that asks for another store than the one it
-// would go to.
-func checkBackupParameters(ref StoreRef, parameters map[string]string) error {
-	for _, name := range slices.Sorted(maps.Keys(parameters)) {
-		own, known := map[string]string{"barmanObjectName": ref.ObjectStore, "serverName": ref.ServerName}[name]
-		switch value := parameters[name]; {
-		case !known:
-			slog.Warn("A parameter of the Backup is not known and has no effect", "parameter", name)
-		case value != "" && value != own:
-			return fmt.Errorf("%w: %s is %q, but the backups of this cluster go to %q: leave it out of pluginConfiguration.parameters, "+
-				"or change it in spec.plugins of the Cluster", errParameters, name, value, own)
+	o := backupOptions{Name: "backup-" + time.Now().UTC().Format("20060102150405"), PGData: s.pgdata}
+	if place != archive {
+		if o.Archive, err = s.source.Store(ctx, archive); err == nil {
+			err = checkSystem(ctx, store, systemIdentifier(s.pgdata))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("back up: %w", err)
 		}
 	}
-	return nil
+	return takeBackup(ctx, store, o)
+}
+
+// backupPlace is where a Backup goes: to the archive of the cluster, unless its parameters
+// name another store that the Cluster refers to, or another server name. Not to the server
+// that the cluster is recovered from or follows, though: its backups are another cluster's.
+func backupPlace(cluster *Cluster, archive StoreRef, parameters map[string]string) (StoreRef, error) {
+	for _, name := range slices.Sorted(maps.Keys(parameters)) {
+		if name != "barmanObjectName" && name != "serverName" {
+			slog.Warn("A parameter of the Backup is not known and has no effect", "parameter", name)
+		}
+	}
+	place := StoreRef{cmp.Or(parameters["barmanObjectName"], archive.ObjectStore), cmp.Or(parameters["serverName"], archive.ServerName)}
+	stores := []string{archive.ObjectStore}
+	for _, other := range []*StoreRef{cluster.RecoveryStore(), cluster.ReplicaSourceStore()} {
+		if other == nil {
+			continue
+		}
+		if stores = append(stores, other.ObjectStore); place == *other && place != archive {
+			return place, fmt.Errorf("%w: server name %q in ObjectStore %q is that of the cluster that this one comes from: choose another serverName",
+				errParameters, place.ServerName, place.ObjectStore)
+		}
+	}
+	if !slices.Contains(stores, place.ObjectStore) {
+		return place, fmt.Errorf("%w: barmanObjectName is %q, which Cluster %s does not refer to; it refers to %s",
+			errParameters, place.ObjectStore, cluster.Name, strings.Join(slices.Compact(slices.Sorted(slices.Values(stores))), ", "))
+	}
+	return place, nil
 }
 
 // recoverability reads the catalog for the two ends of the recovery window.

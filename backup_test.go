@@ -1189,6 +1189,9 @@ func TestBackupService(t *testing.T) {
 	}
 	own := cluster(`{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store"}}`)
 
+	recovered := []byte(strings.Replace(string(own), `"spec":{`, `"spec":{"bootstrap":{"recovery":{"source":"o"}},"externalClusters":[{"name":"o",
+		"plugin":{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"store","serverName":"origin"}}}],`, 1))
+
 	for _, c := range []struct {
 		name    string
 		request *backup.BackupRequest
@@ -1198,7 +1201,7 @@ func TestBackupService(t *testing.T) {
 		{"no store", &backup.BackupRequest{ClusterDefinition: cluster("")}, codes.FailedPrecondition, "barmanObjectName"},
 		{"no cluster", &backup.BackupRequest{ClusterDefinition: []byte("{}")}, codes.InvalidArgument, "metadata.name"},
 		{"another store", &backup.BackupRequest{ClusterDefinition: own, Parameters: map[string]string{"barmanObjectName": "other"}}, codes.InvalidArgument, `"other"`},
-		{"another server name", &backup.BackupRequest{ClusterDefinition: own, Parameters: map[string]string{"serverName": "other"}}, codes.InvalidArgument, "serverName"},
+		{"the server that it comes from", &backup.BackupRequest{ClusterDefinition: recovered, Parameters: map[string]string{"serverName": "origin"}}, codes.InvalidArgument, `"origin"`},
 		{"a store that is not there", &backup.BackupRequest{ClusterDefinition: cluster(`{"name":"barman-cloud.cloudnative-pg.io","parameters":{"barmanObjectName":"missing"}}`)},
 			codes.FailedPrecondition, "missing"},
 	} {
@@ -1242,6 +1245,26 @@ func TestBackupService(t *testing.T) {
 	w := window()
 	if w.FirstRecoverabilityPoint == nil || !w.FirstRecoverabilityPoint.Time.Equal(ends[0]) || !w.LastSuccessfulBackupTime.Time.Equal(ends[1]) {
 		t.Errorf("recovery window %+v, want %v and %v", w, ends[0], ends[1])
+	}
+
+	// To another server name, which gets the WAL that it needs: it can be restored alone.
+	p.Exec("CREATE TABLE there AS SELECT generate_series(1, 1000) AS i")
+	result, err := service.Backup(t.Context(), &backup.BackupRequest{ClusterDefinition: own, Parameters: map[string]string{"serverName": "elsewhere"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if place := s.Endpoint + " s3://" + bucket + "/elsewhere"; result.Metadata["place"] != place {
+		t.Errorf("place %q, not %q", result.Metadata["place"], place)
+	}
+	pgdata := filepath.Join(testDir(t), "pgdata")
+	if r := run(t, asPostgres(t, program(t), "restore", "--objectstore", file, "--server-name", "elsewhere", pgdata)); r.Code != 0 {
+		t.Fatal(r.Stderr)
+	}
+	if n := startRestored(t, pgdata).Query("SELECT count(*) FROM there"); n != "1000" {
+		t.Errorf("%s rows restored", n)
+	}
+	if after := window(); !after.LastSuccessfulBackupTime.Equal(w.LastSuccessfulBackupTime) {
+		t.Errorf("the recovery window of the archive moved: %+v", after)
 	}
 
 	// A status that cannot be written is no reason to call the backup failed.
