@@ -417,7 +417,7 @@ func runList(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	sizes, err := s.BackupSizes(ctx)
+	objects, err := s.BackupObjects(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -425,7 +425,7 @@ func runList(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	rows := listRows(c, sizes)
+	rows := listRows(c, objects)
 	first, last := c.recoverability()
 	if *output == "json" {
 		return printJSON(map[string]any{"serverName": s.Config.ServerName, "backups": rows, "wal": timelines,
@@ -594,17 +594,22 @@ type listRow struct {
 	BeginLSN  string `json:"beginLSN,omitempty"`
 	EndLSN    string `json:"endLSN,omitempty"`
 	Size      int64  `json:"size"`
+	Keep      string `json:"keep,omitempty"` // the annotation of barman-cloud-backup-keep: full or standalone
 	// Pages with a wrong checksum, seen while the backup was taken: how many, and the first of them as FILE:BLOCK.
 	BadPageCount int      `json:"badPageCount,omitempty"`
 	BadPages     []string `json:"badPages,omitempty"`
 }
 
-func listRows(c *Catalog, sizes map[string]int64) []listRow {
+func listRows(c *Catalog, objects map[string]*backupObjects) []listRow {
 	rows := []listRow{}
 	for _, b := range c.all() {
+		var size int64
+		if o := objects[b.ID]; o != nil {
+			size = o.size
+		}
 		rows = append(rows, listRow{ID: b.ID, Name: b.BackupName, Status: b.Status, Error: b.Error,
 			BeginTime: timestamp(b.BeginTime), EndTime: timestamp(b.EndTime), Timeline: b.Timeline,
-			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: sizes[b.ID],
+			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: size, Keep: b.Keep,
 			BadPageCount: b.BadPageCount, BadPages: b.BadPages})
 	}
 	return rows

@@ -1002,7 +1002,7 @@ func (s *Store) layoutKey(key string) (id, segment string) {
 	switch {
 	case !ok:
 	case area == "base" && backupIDForm.MatchString(directory) &&
-		(file == backupInfoFile || file == keepFile || file == "backup_label" || dataArchiveForm.MatchString(file)):
+		(file == backupInfoFile || file == keepFile || file == reservedName || file == "backup_label" || dataArchiveForm.MatchString(file)):
 		return directory, ""
 	case area == "wals":
 		base, _ := splitSuffix(file)
@@ -2115,6 +2115,9 @@ type BackupInfo struct {
 	BadPages     []string
 	BadPageCount int
 
+	// Keep is what BackupObjects found: full, standalone (without the WAL that follows), or "".
+	Keep string
+
 	// barmanOnly are the lines of newer Barmans that say what we cannot delete: a chain of
 	// incremental backups, or disk snapshots.
 	barmanOnly map[string]string
@@ -2395,18 +2398,49 @@ func (c *Catalog) all() []*BackupInfo {
 	return all
 }
 
-// BackupSizes sums up the bytes that the objects of each backup take in the bucket.
-func (s *Store) BackupSizes(ctx context.Context) (map[string]int64, error) {
-	sizes := map[string]int64{}
+// backupObjects is what a listing says of the objects of one backup.
+type backupObjects struct {
+	size    int64
+	written time.Time // the last time
+	ours    bool      // some are of the layout
+	keep    string    // the annotation: full, standalone, or "" where there is none
+}
+
+// BackupObjects lists what lies under base/, and notes in the catalog which backups are to be kept.
+func (s *Store) BackupObjects(ctx context.Context, c *Catalog) (map[string]*backupObjects, error) {
+	found := map[string]*backupObjects{}
 	prefix := s.key("base/")
 	for o, err := range s.List(ctx, prefix) {
 		if err != nil {
 			return nil, err
 		}
-		id, _, _ := strings.Cut(strings.TrimPrefix(o.Key, prefix), "/")
-		sizes[id] += o.Size
+		id, file, _ := strings.Cut(strings.TrimPrefix(o.Key, prefix), "/")
+		if !backupIDForm.MatchString(id) {
+			continue
+		}
+		if found[id] == nil {
+			found[id] = &backupObjects{}
+		}
+		b := found[id]
+		b.size += o.Size
+		if o.Modified.After(b.written) {
+			b.written = o.Modified
+		}
+		if ours, _ := s.layoutKey(o.Key); ours == id {
+			b.ours = true
+		}
+		if file == keepFile {
+			if b.keep, err = s.readKeep(ctx, id); err != nil {
+				return nil, err
+			}
+		}
 	}
-	return sizes, nil
+	for _, b := range c.Backups {
+		if o := found[b.ID]; o != nil {
+			b.Keep = o.keep
+		}
+	}
+	return found, nil
 }
 
 // errBadBackupInfo says that a backup.info could be read but not understood.

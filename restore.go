@@ -1321,6 +1321,9 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 	if err != nil {
 		return nil, err
 	}
+	if _, err := s.BackupObjects(ctx, catalog); err != nil {
+		return nil, err
+	}
 	for _, b := range catalog.all() {
 		if id == "" || b.ID == id {
 			verified := &verifiedBackup{ID: b.ID, Status: b.Status, BadPages: b.BadPageCount, info: b}
@@ -1443,11 +1446,14 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 		systemID, _ := strconv.ParseUint(b.info.SystemID, 10, 64) // 0 is not compared
 		timeline := timelineOf(b.info.EndWAL, b.info.Timeline)
 		for t := range newest {
+			if b.info.Keep == "standalone" {
+				break // retention deletes what follows it
+			}
 			if t > timeline && histories.offLine(t, timelineOf(b.info.EndWAL, b.info.Timeline), end) == "" {
 				timeline = t
 			}
 		}
-		if w, err := parseWALName(newest[timeline]); err == nil {
+		if w, err := parseWALName(newest[timeline]); err == nil && b.info.Keep != "standalone" {
 			end = max(end, LSN((w.number(size)+1)*uint64(size)))
 		}
 		if n := segmentNumber(end, size) - segmentNumber(begin, size); end > begin && n > maxVerifiedSegments {

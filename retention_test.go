@@ -461,6 +461,10 @@ func TestRetentionChosen(t *testing.T) {
 			if why := fmt.Sprint(r.Backups); !strings.Contains(why, c.keptReason) {
 				t.Errorf("%q is not among the reasons:\n%s", c.keptReason, why)
 			}
+			// Where WAL was deleted on purpose there is no gap.
+			if coverage, err := walCoverage(t.Context(), store, r.Catalog); err != nil || slices.ContainsFunc(coverage, func(w *timelineWAL) bool { return w.Missing > 0 }) {
+				t.Errorf("gaps: %+v, %v", coverage, err)
+			}
 			if again, err := store.enforceRetention(t.Context(), retentionOptions{Policy: c.policy, Now: time.Now()}); err != nil || again.Objects != 0 && c.name != "unreadable, the oldest" {
 				t.Errorf("the second run deleted %d objects: %v", again.Objects, err)
 			}

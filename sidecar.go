@@ -857,9 +857,8 @@ func parseRetentionPolicy(policy string) (time.Duration, error) {
 
 // retentionFacts are what the decision depends on.
 type retentionFacts struct {
-	catalog   *Catalog
-	keeps     map[string]string // the annotations, by backup id: full, standalone, or something else
-	active    []string          // ids without backup.info to which something was written within debrisAge
+	catalog   *Catalog // with the annotations
+	active    []string // ids without backup.info to which something was written within debrisAge
 	histories timelineHistories
 	since     time.Time // the beginning of the recovery window; zero keeps everything
 }
@@ -911,12 +910,11 @@ func planRetention(f retentionFacts) *retentionPlan {
 	good := ""             // the id of the boundary
 	for _, b := range slices.Backward(f.catalog.Backups) {
 		v := verdict{ID: b.ID, Status: cmp.Or(b.Status, "of unknown status")}
-		keep, annotated := f.keeps[b.ID]
 		unclear := b.unclear()
 		switch {
 		case incremental != "":
 			v.Why = fmt.Sprintf("%s is part of a chain of incremental backups, which only Barman can prune: all backups and all WAL stay", incremental)
-		case b.Status == statusFailed && !annotated:
+		case b.Status == statusFailed && b.Keep == "":
 			id, _ := time.Parse(backupIDLayout, b.ID)
 			began := slices.MaxFunc([]time.Time{b.BeginTime, id}, time.Time.Compare)
 			v.Delete, v.Why = began.Before(f.since), "it failed, and the window does not reach back to it"
@@ -947,10 +945,10 @@ func planRetention(f retentionFacts) *retentionPlan {
 				}
 				v.Why = "the newest that ended before the window: recovery to the beginning of the window starts from it"
 			}
-		case keep == "standalone":
+		case b.Keep == "standalone":
 			p.ranges = append(p.ranges, [2]string{b.BeginWAL, b.EndWAL})
 			v.Why = "annotated keep: standalone, with the WAL that it needs itself"
-		case annotated:
+		case b.Keep != "":
 			p.need(b)
 			v.Why = "annotated keep: full, with all WAL that follows"
 		default:
@@ -1211,46 +1209,34 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 		return nil, nil, err
 	}
 	r.Catalog = &Catalog{Backups: facts.catalog.Backups, Incomplete: facts.catalog.Incomplete, Unreadable: facts.catalog.Unreadable}
-	written, stored := map[string]time.Time{}, map[string]bool{} // to each backup, the last time, and whether it has objects of the layout
-	facts.keeps = map[string]string{}
-	for object, err := range s.List(ctx, s.key("base/")) {
-		if err != nil {
-			return nil, nil, err
-		}
-		id, file, _ := strings.Cut(strings.TrimPrefix(object.Key, s.key("base/")), "/")
-		if !backupIDForm.MatchString(id) {
-			continue
-		}
-		written[id] = slices.MaxFunc([]time.Time{written[id], object.Modified}, time.Time.Compare)
-		if ours, _ := s.layoutKey(object.Key); ours == id {
-			stored[id] = true
-		}
-		if file == keepFile {
-			if facts.keeps[id], err = s.readKeep(ctx, id); err != nil {
-				return nil, nil, err
-			}
-		}
+	objects, err := s.BackupObjects(ctx, facts.catalog)
+	if err != nil {
+		return nil, nil, err
 	}
 	for _, u := range all {
 		if id, _ := s.layoutKey(u.key); id != "" {
-			written[id] = slices.MaxFunc([]time.Time{written[id], u.active}, time.Time.Compare)
+			if objects[id] == nil {
+				objects[id] = &backupObjects{}
+			}
+			if u.active.After(objects[id].written) {
+				objects[id].written = u.active
+			}
 		}
 	}
 	abandoned := func(t time.Time) bool { return !t.IsZero() && o.Now.Sub(t) > debrisAge }
 	for _, u := range all {
 		id, segment := s.layoutKey(u.key)
-		if !o.BackupRunning && (id != "" && abandoned(written[id]) || segment != "" && abandoned(u.active)) {
+		if !o.BackupRunning && (id != "" && abandoned(objects[id].written) || segment != "" && abandoned(u.active)) {
 			uploads = append(uploads, u)
 		}
 	}
-	for _, id := range slices.Sorted(maps.Keys(written)) {
-		_, annotated := facts.keeps[id]
+	for _, id := range slices.Sorted(maps.Keys(objects)) {
 		_, unreadable := facts.catalog.Unreadable[id]
-		switch {
+		switch b := objects[id]; {
 		case unreadable || slices.ContainsFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == id }):
-		case !abandoned(written[id]):
+		case !abandoned(b.written):
 			facts.active = append(facts.active, id)
-		case uploadsKnown && stored[id] && !annotated && !o.BackupRunning:
+		case uploadsKnown && b.ours && b.keep == "" && !o.BackupRunning:
 			debris = append(debris, id)
 		}
 	}

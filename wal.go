@@ -594,8 +594,8 @@ func walCoverage(ctx context.Context, s *Store, catalog *Catalog, absent ...stri
 	var size uint64
 	for _, b := range slices.Backward(catalog.Backups) {
 		w, err := parseWALName(b.BeginWAL)
-		if !b.Done() || err != nil || !validSegmentSize(b.WALSegmentSize) {
-			continue
+		if !b.Done() || err != nil || !validSegmentSize(b.WALSegmentSize) || b.Keep == "standalone" && size > 0 {
+			continue // retention deletes what follows a backup that is kept standalone
 		}
 		if size = cmp.Or(size, uint64(b.WALSegmentSize)); size == uint64(b.WALSegmentSize) { // else of another life
 			n, known := needed[w.Timeline]
