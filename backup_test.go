@@ -80,6 +80,14 @@ func (p *postgres) verifyBackup(dir string, args ...string) {
 	mustRun(p.t, exec.Command(p.tool("pg_verifybackup"), append(args, "--no-parse-wal", dir)...))
 }
 
+// amcheck has PostgreSQL's own program look at every table and index, also while they are in use.
+func (p *postgres) amcheck() {
+	p.t.Helper()
+	cmd := exec.Command(p.tool("pg_amcheck"), "--install-missing", "--heapallindexed", "--all")
+	cmd.Env = append(os.Environ(), p.Env()...)
+	mustRun(p.t, cmd)
+}
+
 // restoreWithBarman restores a backup by Barman's own programs, with tablespaces as
 // NAME:LOCATION, and recovers it to the end of the archive.
 func restoreWithBarman(t testing.TB, s *s3Server, bucket, id string, tablespaces ...string) *postgres {

@@ -1216,6 +1216,66 @@ func TestRestoreBarmanBackup(t *testing.T) {
 	}
 }
 
+// Barman's backups of what this project, or pg_basebackup, has made: of a standby, and of a
+// cluster that was restored. The backup_manifest that lies there is not theirs, and refuses nothing.
+func TestRestoreBarmanBackupOfCopies(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, s, bucket)
+	p := startPostgres(t, pgOptions{Checksums: true, ArchiveCommand: archivingTo(t, file)})
+	p.Exec("CREATE TABLE t AS SELECT n AS id, md5(n::text) AS x FROM generate_series(1, 20000) n")
+	store := testStoreFile(t, file, "main")
+	mustBackUp(t, store, p, backupOptions{})
+	p.WaitArchived(p.SwitchWAL())
+	pgdata := testDir(t) + "/pgdata"
+	if r := runProgram(t, nil, "restore", "--objectstore", file, "--server-name", "main", pgdata); r.Code != 0 {
+		t.Fatal(r.Stderr)
+	}
+	again := strings.Replace(archivingTo(t, file), "--server-name main", "--server-name again", 1)
+	copied := startRestored(t, pgdata, "archive_mode=on", "archive_command="+again)
+	standby := startPostgres(t, pgOptions{StandbyOf: p})
+	for server, from := range map[string]*postgres{"again": copied, "main": standby} {
+		if !fileExists(filepath.Join(from.Dir, "backup_manifest")) {
+			t.Fatalf("%s has no backup_manifest, the test shows nothing", from.Dir)
+		}
+		stop := make(chan struct{})
+		stopped := make(chan struct{})
+		go func() { // a standby's backup needs the primary to go on
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(500 * time.Millisecond):
+					run(t, p.psql("INSERT INTO t SELECT max(id) + 1, 'busy' FROM t; CHECKPOINT; SELECT pg_switch_wal()"))
+				}
+			}
+		}()
+		r := barman(t, s, from.Env(), "barman-cloud-backup", "--immediate-checkpoint", "s3://"+bucket, server)
+		close(stop)
+		<-stopped
+		if r.Code != 0 {
+			t.Fatalf("barman-cloud-backup: exit code %d\n%s", r.Code, r.Stderr)
+		}
+		if server == "again" {
+			from.Exec("INSERT INTO t VALUES (0, 'of the copy')")
+			from.WaitArchived(from.SwitchWAL())
+		}
+	}
+	p.WaitArchived(p.SwitchWAL())
+	for server, from := range map[string]*postgres{"again": copied, "main": p} {
+		if r := runProgram(t, nil, "verify", "--objectstore", file, "--server-name", server); r.Code != 0 {
+			t.Errorf("verify %s: exit code %d\n%s%s", server, r.Code, r.Stdout, r.Stderr)
+		}
+		dir := testDir(t) + "/pgdata"
+		if r := runProgram(t, nil, "restore", "--objectstore", file, "--server-name", server, dir); r.Code != 0 {
+			t.Fatal(r.Stderr)
+		}
+		if got, want := checksum(startRestored(t, dir)), checksum(from); got != want {
+			t.Errorf("%s restored as %s, not %s", server, got, want)
+		}
+	}
+}
+
 // Recovery ends where it is asked to end, from a backup of this project: by time, LSN,
 // transaction, restore point, as soon as it is consistent, and on either timeline.
 func TestRestorePointInTime(t *testing.T) {

@@ -288,6 +288,7 @@ func TestSidecarArchivesBacksUpRestores(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(pgdata, "recovery.signal"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	p.verifyBackup(pgdata, "--ignore=recovery.signal")
 	restored := startRestored(t, pgdata, fmt.Sprintf("restore_command=%s --socket %s --cluster %s restore %%f %%p", socketClient(t), job.socket, newFile))
 	if got := restored.Query("SELECT count(*), md5(string_agg(x, '' ORDER BY i)) FROM t"); got != want {
 		t.Errorf("restored %s, not %s", got, want)
@@ -368,7 +369,8 @@ func TestSidecarKilled(t *testing.T) {
 // A server under load archives through a sidecar that is killed again and again, over a
 // network that loses, breaks and delays requests, and is backed up meanwhile. Nothing that
 // was acknowledged is missing or different, every backup that says DONE restores, and
-// recovery to the end has every row. SOAK_ROUNDS sets the number of kills.
+// recovery to the end has every row, in tables and indexes without a fault. Restores are killed
+// too. SOAK_ROUNDS sets the number of kills of the sidecar; half as many are of a restore.
 func TestSoak(t *testing.T) {
 	rounds := 8
 	if n, err := strconv.Atoi(os.Getenv("SOAK_ROUNDS")); err == nil {
@@ -464,6 +466,8 @@ func TestSoak(t *testing.T) {
 		t.Errorf("%d backups were reported as good, and %d are", good, len(catalog.Backups))
 	}
 	t.Logf("%d backups are done, %d were reported; %d segments compared", len(catalog.Backups), good, compared)
+	interrupted := 0
+	defer func() { t.Logf("%d restores were killed before their end", interrupted) }()
 	// Recovery goes through a sidecar too, over the same network.
 	newFile := filepath.Join(testDir(t), "new.json")
 	if err := os.WriteFile(newFile, []byte(strings.Replace(mainCluster, "main-1", "", 1)), 0o644); err != nil {
@@ -471,7 +475,29 @@ func TestSoak(t *testing.T) {
 	}
 	for _, b := range []*BackupInfo{catalog.Backups[0], catalog.Backups[len(catalog.Backups)-1]} {
 		pgdata := filepath.Join(testDir(t), "pgdata")
-		if r := run(t, asPostgres(t, program(t), "restore", "--objectstore", direct, "--server-name", "main", "--backup-id", b.ID, pgdata)); r.Code != 0 {
+		restore := func() *exec.Cmd {
+			return asPostgres(t, program(t), "restore", "--objectstore", direct, "--server-name", "main", "--backup-id", b.ID, pgdata)
+		}
+		for range rounds / 4 {
+			cmd := restore()
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Duration(r.IntN(500)) * time.Millisecond)
+			cmd.Process.Kill()
+			cmd.Wait()
+			if fileExists(filepath.Join(pgdata, controlFile)) { // the kill came too late
+				if fileExists(filepath.Join(pgdata, incompleteFile)) {
+					t.Error("a restore that was killed left half of a database")
+				}
+				if err := os.RemoveAll(pgdata); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				interrupted++
+			}
+		}
+		if r := run(t, restore()); r.Code != 0 {
 			t.Fatal(r.Stderr)
 		}
 		for range 30 {
@@ -486,6 +512,9 @@ func TestSoak(t *testing.T) {
 		if got := restored.Query(checksum); got != want {
 			t.Errorf("backup %s restored as %s, not %s", b.ID, got, want)
 		}
+		stop := restored.pgbenchLoad()
+		restored.amcheck()
+		stop()
 		restored.balanced()
 		restored.Stop("immediate")
 		proxy.clear()

@@ -642,11 +642,17 @@ func pgBinDir(t testing.TB) string {
 	return slices.Max(dirs)
 }
 
-// tool is a program of PostgreSQL; clients that do not come with the server in PG_BINDIR are those on PATH.
+// tool is a program of PostgreSQL; those that do not come with the server in PG_BINDIR are on PATH, or Debian's.
 func (p *postgres) tool(name string) string {
 	path := filepath.Join(p.Bin, name)
-	if found, err := exec.LookPath(name); err == nil && !fileExists(path) {
+	if fileExists(path) {
+		return path
+	}
+	if found, err := exec.LookPath(name); err == nil {
 		return found
+	}
+	if found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/" + name); len(found) > 0 {
+		return slices.Max(found)
 	}
 	return path
 }
