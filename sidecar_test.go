@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -1225,6 +1226,93 @@ func TestAPIMaintenance(t *testing.T) {
 		t.Fatal(err)
 	}
 	equal(t, "Events", a.told(), []string{"Normal RetentionApplied", "Normal WALComplete", "Warning RetentionPolicyFailed", "Warning WALGap"})
+}
+
+// The housekeeping of a running sidecar: at once, and woken by what goes wrong.
+func TestAPIHousekeeping(t *testing.T) {
+	a := testAPI(t)
+	server, bucket := testS3(t), newBucket(t)
+	r, kube := a.maintained(server, bucket)
+	ref := StoreRef{"store-a", "main"}
+	store, err := kube.Store(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := testBackup(t, server, bucket, store, map[string][]byte{"data.tar": {}})
+	r.killed = true
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { defer close(ended); r.housekeep(ctx, "main-1") }()
+	status := func() ObjectStoreStatus {
+		return as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status
+	}
+	waitFor(t, "the recovery window", func() bool {
+		w := status().ServerRecoveryWindow["main"]
+		return w.FirstRecoverabilityPoint != nil && w.FirstRecoverabilityPoint.Time.Equal(b.EndTime)
+	})
+	waitFor(t, "the Event of a sidecar that was killed", func() bool { return slices.Contains(a.told(), "Warning SidecarKilled") })
+	r.archived(&Cluster{}, ref, "000000010000000000000001", time.Second, errDenied)
+	waitFor(t, "the Event of archiving that fails", func() bool { return slices.Contains(a.told(), "Warning AccessDenied") })
+	waitFor(t, "the conditions", func() bool {
+		c := a.conditions("main")
+		return c[conditionArchiving] == "False AccessDenied" && c[conditionRetention] == "True Succeeded" && c[conditionWAL] == "True Succeeded"
+	})
+	stop()
+	<-ended
+	if n := len(slices.DeleteFunc(a.told(), func(e string) bool { return e != "Warning SidecarKilled" })); n != 1 {
+		t.Errorf("the Event of a killed sidecar was written %d times", n)
+	}
+}
+
+// In a Pod the subcommands find store, keys and server name by themselves. What a Pod has of
+// the API server, its token and CA, is put in its place in a mount namespace.
+func TestAPISubcommandsInAPod(t *testing.T) {
+	a := testAPI(t)
+	if r := run(t, exec.Command("unshare", "--mount", "true")); r.Code != 0 {
+		t.Skipf("cannot make a mount namespace: %s", r.Stderr)
+	}
+	server, bucket := testS3(t), newBucket(t)
+	_, kube := a.maintained(server, bucket)
+	store, err := kube.Store(t.Context(), StoreRef{"store-a", "main"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	testBackup(t, server, bucket, store, map[string][]byte{"data.tar": makeTar(t, plain()...)})
+	config, pod := a.asServiceAccount(a.namespace, "main"), testDir(t)
+	ca := config.CAData
+	if len(ca) == 0 {
+		if ca, err = os.ReadFile(config.CAFile); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustWrite(t, pod+"/token", config.BearerToken)
+	mustWrite(t, pod+"/ca.crt", string(ca))
+	api, err := url.Parse(config.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inPod := func(code int, args ...string) string {
+		t.Helper()
+		cmd := exec.Command("unshare", append([]string{"--mount", "sh", "-c", `mount -t tmpfs none /run && d=/var/run/secrets/kubernetes.io/serviceaccount &&
+			mkdir -p $d && cp "$0"/* $d && exec "$@"`, pod, program(t)}, args...)...)
+		cmd.Env = append(os.Environ(), "NAMESPACE="+a.namespace, "CLUSTER_NAME=main", "KUBERNETES_SERVICE_HOST="+api.Hostname(), "KUBERNETES_SERVICE_PORT="+api.Port())
+		r := run(t, cmd)
+		if r.Code != code {
+			t.Errorf("%q: exit code %d, not %d: %s%s", args, r.Code, code, r.Stdout, r.Stderr)
+		}
+		return r.Stdout + r.Stderr
+	}
+	if out := inPod(0, "check"); !strings.Contains(out, "s3://"+bucket+"/main") || !strings.Contains(out, "ok      delete") {
+		t.Error(out)
+	}
+	if out := inPod(0, "list"); !strings.Contains(out, "20260101T100000") {
+		t.Error(out)
+	}
+	inPod(exitUsage, "restore", pod+"/restored")
+	inPod(exitFailed, "verify") // its WAL is an empty file
+	if v := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.Servers["main"].LastVerification; v == nil || v.OK || v.Backups != 1 || len(v.Problems) == 0 {
+		t.Errorf("last verification %+v", v)
+	}
 }
 
 // What is wrong with an archive is on the Cluster, as an Event, and in the status of the
