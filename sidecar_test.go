@@ -1639,3 +1639,63 @@ func TestAlerts(t *testing.T) {
 	mustRun(t, exec.Command("promtool", "check", "rules", filepath.Join(dir, "rules.yaml")))
 	mustRun(t, exec.Command("promtool", "test", "rules", filepath.Join(dir, "test.yaml")))
 }
+
+// What the requests to a store tell: when its certificate ends, and what failed.
+func TestMetricsOfTheStore(t *testing.T) {
+	server := testS3TLS(t)
+	bucket := server.newBucket(t)
+	wrong := *server
+	wrong.SecretKey = "wrong"
+	collect := func(s *s3Server, request func(*Store)) map[string]float64 {
+		t.Helper()
+		source, err := newFileSource(storeFile(t, s, bucket))
+		if err != nil {
+			t.Fatal(err)
+		}
+		store, err := source.Store(t.Context(), StoreRef{"store", "main"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		request(store)
+		service := &metricsService{source: source, report: newReport(source, testDir(t))}
+		if err := source.UpdateStatus(t.Context(), StoreRef{"store", "main"}, func(_ *RecoveryWindow, st *ServerStatus) {
+			st.MissingWAL = 3
+			meta.SetStatusCondition(&st.Conditions, metav1.Condition{Type: conditionWAL, Status: metav1.ConditionFalse, Reason: "WALGap"})
+		}); err != nil {
+			t.Fatal(err)
+		}
+		reply, err := service.Collect(t.Context(), &metrics.CollectMetricsRequest{ClusterDefinition: []byte(mainCluster)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		values := map[string]float64{}
+		for _, m := range reply.Metrics {
+			values[strings.TrimPrefix(m.FqName, metricPrefix)+strings.Join(m.VariableLabels, ",")] = m.Value
+		}
+		return values
+	}
+	quiet := collect(server, func(*Store) {})
+	if quiet["s3_certificate_expiry_timestamp_seconds"] != 0 || quiet["missing_wal_segments"] != 3 || quiet["condition_failedWALComplete"] != 1 {
+		t.Errorf("before any request: %v", quiet)
+	}
+	denied := "s3_errors_totalSignatureDoesNotMatch"
+	before := quiet[denied]
+	after := collect(&wrong, func(s *Store) {
+		if _, err := s.Catalog(t.Context()); !errors.Is(err, errDenied) {
+			t.Errorf("wrong keys: %v", err)
+		}
+	})
+	if end := after["s3_certificate_expiry_timestamp_seconds"]; end < float64(time.Now().Unix()) || after[denied] != before+1 {
+		t.Errorf("certificate ends at %v; errors %v, before %v", end, after[denied], before)
+	}
+	missing := collect(server, func(s *Store) {
+		if _, err := s.Head(t.Context(), "nothing"); !errors.Is(err, errNotFound) {
+			t.Errorf("no object: %v", err)
+		}
+	})
+	for name, n := range missing {
+		if strings.HasPrefix(name, "s3_errors_total") && n != after[name] {
+			t.Errorf("an object that is not there counts as an error: %s %v", name, n)
+		}
+	}
+}
