@@ -330,6 +330,15 @@ var chosenArchives = []chosenArchive{
 		wal: map[uint32][2]uint64{1: {1, 20}, 2: {20, 30}}, backups: []madeBackup{
 			{name: "a", ended: days(40), begin: 5}, {name: "b", ended: days(10), begin: 15}, {name: "c", ended: days(5), begin: 25, timeline: 2}}},
 		gone: "a", walGone: "1:1-14"},
+	{madeArchive: madeArchive{name: "kept in full, and timelines that lead on from it", policy: "7d", timelines: map[uint32]madeTimeline{2: {1, 20}, 3: {2, 30}},
+		wal: map[uint32][2]uint64{1: {1, 20}, 2: {20, 30}, 3: {30, 40}}, backups: []madeBackup{
+			{name: "a", ended: days(40), begin: 5}, {name: "f", ended: days(35), begin: 10, keep: "full"}, {name: "b", ended: days(20), begin: 25, timeline: 2},
+			{name: "c", ended: days(10), begin: 35, timeline: 3}}},
+		gone: "a b", walGone: "1:1-9"},
+	{madeArchive: madeArchive{name: "kept in full, and a branch before it", policy: "7d", timelines: map[uint32]madeTimeline{2: {1, 8}, 3: {1, 20}},
+		wal: map[uint32][2]uint64{1: {1, 20}, 2: {8, 15}, 3: {20, 40}}, backups: []madeBackup{
+			{name: "a", ended: days(40), begin: 5}, {name: "f", ended: days(35), begin: 10, keep: "full"}, {name: "c", ended: days(10), begin: 35, timeline: 3}}},
+		gone: "a", walGone: "1:1-9 2:8-15", barmanWAL: "1:1-9"},
 	{madeArchive: madeArchive{name: "a failed one on the old timeline", policy: "7d", timelines: map[uint32]madeTimeline{2: {1, 20}},
 		wal: map[uint32][2]uint64{1: {1, 20}, 2: {20, 40}}, backups: []madeBackup{
 			{name: "x", ended: days(50), begin: 3, status: statusFailed}, {name: "a", ended: days(40), begin: 5}, {name: "b", ended: days(20), begin: 25, timeline: 2},
@@ -989,6 +998,17 @@ func TestRetentionCareful(t *testing.T) {
 	for policy, want := range map[string]time.Duration{"1d": days(1), "2w": days(14), "3m": days(93), "100000000d": days(maxWindow)} {
 		if got, err := parseRetentionPolicy(policy); got != want || err != nil {
 			t.Errorf("%s: %v, %v", policy, got, err)
+		}
+	}
+	// A month has 31 days, whatever the calendar says.
+	for now, since := range map[string]string{"2024-03-31": "2024-02-29", "2024-03-01": "2024-01-30", "2025-03-01": "2025-01-29", "2024-02-29": "2024-01-29", "2025-01-31": "2024-12-31"} {
+		at, err := time.Parse(time.DateOnly, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		window, _ := parseRetentionPolicy("1m")
+		if got := at.Add(-window).Format(time.DateOnly); got != since {
+			t.Errorf("a month before %s: %s, want %s", now, got, since)
 		}
 	}
 
