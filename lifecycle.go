@@ -442,16 +442,21 @@ func (o *operator) event(ctx context.Context, on corev1.ObjectReference, reason,
 // maxEventMessage is what the API server takes, in bytes.
 const maxEventMessage = 1024
 
+// clip shortens a message to n bytes.
+func clip(message string, n int) string {
+	if len(message) > n {
+		return strings.ToValidUTF8(message[:n-3], "") + "..."
+	}
+	return message
+}
+
 func clusterEvent(on corev1.ObjectReference, eventType, reason, message string) *corev1.Event {
 	now := metav1.Now()
-	if len(message) > maxEventMessage {
-		message = strings.ToValidUTF8(message[:maxEventMessage-3], "") + "..."
-	}
 	return &corev1.Event{
 		TypeMeta:       metav1.TypeMeta{APIVersion: "v1", Kind: "Event"},
 		ObjectMeta:     metav1.ObjectMeta{Namespace: on.Namespace, GenerateName: on.Name + "."},
 		InvolvedObject: on,
-		Type:           eventType, Reason: reason, Message: message,
+		Type:           eventType, Reason: reason, Message: clip(message, maxEventMessage),
 		Source:         corev1.EventSource{Component: fieldManager},
 		FirstTimestamp: now, LastTimestamp: now, Count: 1,
 	}

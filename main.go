@@ -41,7 +41,7 @@ In Kubernetes, as a CloudNativePG plugin:
 
 By hand, with an ObjectStore and its Secrets in a YAML file, or without FLAGS in a Pod of the
 cluster (kubectl exec POD -c plugin-barman-cloud -- /cnpg-barman-s3 list):
-  check         try everything that the store must do check FLAGS
+  check         try all that a store has to do        check FLAGS
   wal-archive   store one WAL file                    wal-archive FLAGS PATH
   wal-restore   fetch one WAL file                    wal-restore FLAGS NAME DESTINATION
   backup        take a base backup                    backup FLAGS

@@ -148,8 +148,9 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 		server.GracefulStop()
 	}()
 	housekeeping := make(chan struct{})
-	go func() { defer close(housekeeping); report.housekeep(ctx, instance) }()
-	defer func() { <-housekeeping }()
+	keep, end := context.WithCancel(ctx)
+	go func() { defer close(housekeeping); report.housekeep(keep, instance) }()
+	defer func() { end(); <-housekeeping }()
 	slog.Info("Serving", "socket", socket, "pgdata", pgdata, "version", version)
 	if err := server.Serve(listener); err != nil {
 		return fmt.Errorf("serve %s: %w", socket, err)
@@ -208,6 +209,8 @@ const (
 	// progressLife is how old lastArchivedWAL and its like may grow in the status: every
 	// write goes to all sidecars that watch the ObjectStore.
 	progressLife = 5 * time.Minute
+	// maxConditionMessage is well below what the schema admits, in bytes: a list of all backups may be long.
+	maxConditionMessage = 8 << 10
 	// passingPatience is how long a failure that may pass by itself is not told.
 	passingPatience = time.Minute
 )
@@ -343,7 +346,7 @@ func (r *report) tell(ctx context.Context) error {
 	for key, f := range r.findings {
 		c := metav1.Condition{Type: key.kind, Status: metav1.ConditionTrue, Reason: f.reason}
 		if f.err != nil {
-			c.Status, c.Message = metav1.ConditionFalse, f.err.Error()
+			c.Status, c.Message = metav1.ConditionFalse, clip(f.err.Error(), maxConditionMessage)
 		}
 		if !passing(key.kind, f.err) || time.Since(f.since) >= passingPatience {
 			news[key.at] = append(news[key.at], c)
