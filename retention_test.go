@@ -955,13 +955,21 @@ func TestRetentionBackupUnderWay(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, before := a.left(t, s, bucket, "main")
-	r, err := testStore(t, s, bucket, "main").enforceRetention(t.Context(), retentionOptions{Policy: "7d", Now: time.Now()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	backups, wal := a.left(t, s, bucket, "main")
-	if got := ranges(without(before, wal)); got != "1:240-245" || !slices.Equal(backups, []string{"c", "d", "e"}) || len(s.uploads(t, bucket)) != 1 {
-		t.Errorf("the WAL that went is %s, %q are left: %+v", got, backups, r.Backups)
+	for _, c := range []struct {
+		ago     time.Duration
+		running bool
+		wal     string
+		uploads int
+	}{{0, false, "1:240-245", 1}, {days(2), true, "1:240-245", 1}, {days(2), false, "1:240-257", 0}} {
+		s.age(t, bucket, ".sgwtmp/multipart", c.ago)
+		r, err := testStore(t, s, bucket, "main").enforceRetention(t.Context(), retentionOptions{Policy: "7d", Now: time.Now(), BackupRunning: c.running})
+		if err != nil {
+			t.Fatal(err)
+		}
+		backups, wal := a.left(t, s, bucket, "main")
+		if got := ranges(without(before, wal)); got != c.wal || !slices.Equal(backups, []string{"c", "d", "e"}) || len(s.uploads(t, bucket)) != c.uploads {
+			t.Errorf("%+v: the WAL that went is %s, %q are left: %+v", c, got, backups, r.Backups)
+		}
 	}
 }
 

@@ -964,7 +964,7 @@ func planRetention(f retentionFacts) *retentionPlan {
 		p.needUnclear(&BackupInfo{ID: id}, f.catalog.Backups)
 	}
 	for _, id := range f.active {
-		p.verdicts = append(p.verdicts, verdict{ID: id, Status: "INCOMPLETE", Why: "no backup.info, and something was written to it within 24 h: in progress"})
+		p.verdicts = append(p.verdicts, verdict{ID: id, Status: "INCOMPLETE", Why: "it has no backup.info: in progress, or not yet taken for abandoned"})
 		p.needUnclear(&BackupInfo{ID: id}, f.catalog.Backups)
 	}
 	slices.SortFunc(p.verdicts, func(a, b verdict) int { return strings.Compare(b.ID, a.ID) })
@@ -1141,8 +1141,9 @@ func (s *Store) enforceRetention(ctx context.Context, o retentionOptions) (*rete
 	for i := range r.Backups {
 		v := &r.Backups[i]
 		if err := refused[s.baseKey(v.ID, backupInfoFile)]; err != nil {
-			at := slices.IndexFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == v.ID })
-			plan.needUnclear(facts.catalog.Backups[at], facts.catalog.Backups)
+			if at := slices.IndexFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == v.ID && b.Done() }); at >= 0 {
+				plan.need(facts.catalog.Backups[at])
+			}
 			v.Delete, v.Why = false, "the server refuses to delete it"
 			r.problem(err)
 			r.Refused++
@@ -1237,9 +1238,9 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 		_, unreadable := facts.catalog.Unreadable[id]
 		switch b := objects[id]; {
 		case unreadable || slices.ContainsFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == id }):
-		case !abandoned(b.written):
+		case !abandoned(b.written) || o.BackupRunning: // not every server lists the uploads of one that is slow
 			facts.active = append(facts.active, id)
-		case uploadsKnown && b.ours && b.keep == "" && !o.BackupRunning:
+		case uploadsKnown && b.ours && b.keep == "":
 			debris = append(debris, id)
 		}
 	}
