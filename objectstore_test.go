@@ -565,9 +565,10 @@ func TestWriterUploadGone(t *testing.T) {
 // A codec whose output is refused ends its goroutines, and touches nothing any more.
 func TestCodecsGivenUp(t *testing.T) {
 	content := random(t, 4<<20)
+	server := testS3(t) // which has a goroutine too
 	before := runtime.NumGoroutine()
 	for _, c := range codecs {
-		a := &archive{object: testStore(t, testS3(t), "nowhere", "main").NewWriter(t.Context(), "key", putOptions{})}
+		a := &archive{object: testStore(t, server, "nowhere", "main").NewWriter(t.Context(), "key", putOptions{})}
 		var err error
 		if a.codec, err = c.compress(a.object, ""); err != nil {
 			t.Fatal(err)
