@@ -1913,7 +1913,7 @@ type codec struct {
 // What bounds the memory of the codecs: window and dictionary of what we write, and of
 // what we are ready to read (zstd at its highest level asks for 128 MiB).
 const (
-	zstdWindow    = 1 << 20
+	zstdWindow    = 512 << 10
 	zstdMaxWindow = 128 << 20
 	xzDictionary  = 1 << 20
 )
@@ -1962,7 +1962,7 @@ var codecs = []*codec{
 			return xz.WriterConfig{DictCap: xzDictionary}.NewWriter(w)
 		},
 		newReader: func(r io.Reader) (io.Reader, error) { return xz.NewReader(r) }},
-	{name: "zstd", suffix: ".zst", low: 1, medium: 4, high: 19,
+	{name: "zstd", suffix: ".zst", low: 1, medium: 1, high: 19, // of pages and of WAL, more effort makes nothing smaller
 		newWriter: newZstdWriter,
 		newReader: func(r io.Reader) (io.Reader, error) {
 			return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(zstdMaxWindow))
@@ -1987,7 +1987,7 @@ func newZstdWriter(w io.Writer, level int) (io.WriteCloser, error) {
 		z.Reset(w)
 		return &zstdWriter{z, pool}, nil
 	}
-	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(speed), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(zstdWindow), zstd.WithLowerEncoderMem(true))
+	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(speed), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(zstdWindow))
 	if err != nil {
 		return nil, err
 	}
