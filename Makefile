@@ -1,5 +1,5 @@
 # Targets of people: build, demo, image, deploy-manifest.
-# Of the project: test, test-api, bench-api, e2e; and their parts deps, tools, check, check-manifest.
+# Of the project: test, test-api, bench, bench-api, e2e; and their parts deps, tools, check, check-manifest.
 
 VERSION   ?= 0.1.0
 ARCH      ?= amd64
@@ -12,7 +12,7 @@ export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 
 BINARY  := bin/cnpg-barman-s3
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build image deploy-manifest check-manifest test-api bench-api demo test test-versions e2e deps tools check
+.PHONY: build image deploy-manifest check-manifest test-api bench-api demo test test-versions e2e bench deps tools check
 
 # The static binary of this machine.
 build:
@@ -65,6 +65,12 @@ e2e: image
 	@$(MAKE) -s --no-print-directory image ARCH=arm64
 	e2e/run.sh $(TRACKS)
 
+# The figures of BENCHMARKS.md, side by side with Barman and pgBackRest, on a machine that
+# does nothing else: about 20 minutes. hack/bench.sh says what can be set.
+bench: build tools bin/sdkalone bin/bench
+	hack/deps.sh postgres barman pgbackrest
+	hack/bench.sh
+
 # The Debian packages that demo and tests need, where they are missing.
 deps:
 	hack/deps.sh postgres barman codecs promtool
@@ -72,7 +78,7 @@ deps:
 check: check-manifest
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "run gofmt -w $$unformatted" >&2; exit 1; }
 	go vet ./...
-	go vet -C tools ./socketclient
+	go vet -C tools ./socketclient ./sdkalone ./bench
 
 # The programs of demo and tests, from a module of their own: nothing of it is in the binary.
 TOOL := CGO_ENABLED=0 go build -C tools -ldflags "-s -w"
@@ -82,5 +88,5 @@ tools: bin/versitygw bin/socketclient
 bin/versitygw: tools/go.mod
 	$(TOOL) -o ../$@ github.com/versity/versitygw/cmd/versitygw
 
-bin/socketclient: tools/go.mod $(wildcard tools/socketclient/*.go)
-	$(TOOL) -o ../$@ ./socketclient
+bin/socketclient bin/sdkalone bin/bench: bin/%: tools/go.mod $(wildcard tools/*/*.go)
+	$(TOOL) -o ../$@ ./$*

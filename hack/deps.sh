@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # deps.sh COMMAND... - install the Debian packages that bring these commands, where they
 # are missing: postgres (the server, with pgbench), barman (Barman's cloud programs),
-# codecs (the programs of the compression formats), promtool (Prometheus' checker of rules).
+# codecs (the programs of the compression formats), pgbackrest, promtool (Prometheus' checker of rules).
 set -euo pipefail
 
 packages=()
@@ -13,6 +13,7 @@ for command in "$@"; do
     for program in bzip2 lz4 xz:xz-utils zstd; do command -v "${program%:*}" >/dev/null || packages+=("${program#*:}"); done ;;
   promtool) command -v promtool >/dev/null || packages+=(prometheus) ;;
   barman) command -v barman-cloud-backup >/dev/null || packages+=(barman-cli-cloud) ;;
+  pgbackrest) command -v pgbackrest >/dev/null || packages+=(pgbackrest) ;;
   *) echo "deps.sh: no package is known for $command" >&2; exit 2 ;;
   esac
 done
