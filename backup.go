@@ -725,7 +725,8 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 			log.Info("Waiting for the WAL of the backup to be archived", "walFile", names[0], "missing", len(names),
 				"waited", waited.Round(time.Second).String(), "limit", b.o.WALTimeout.String())
 		}
-		if err := sleep(ctx, walPollInterval); err != nil {
+		// the archiver mostly needs no more than a moment
+		if err := sleep(ctx, min(walPollInterval, walPollInterval/20+waited/2)); err != nil {
 			return nil, err
 		}
 	}

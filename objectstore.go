@@ -1962,7 +1962,7 @@ var codecs = []*codec{
 			return xz.WriterConfig{DictCap: xzDictionary}.NewWriter(w)
 		},
 		newReader: func(r io.Reader) (io.Reader, error) { return xz.NewReader(r) }},
-	{name: "zstd", suffix: ".zst", low: 1, medium: 1, high: 19, // of pages and of WAL, more effort makes nothing smaller
+	{name: "zstd", suffix: ".zst", low: 1, medium: 4, high: 19,
 		newWriter: newZstdWriter,
 		newReader: func(r io.Reader) (io.Reader, error) {
 			return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(zstdMaxWindow))

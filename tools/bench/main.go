@@ -155,7 +155,7 @@ func (b *bench) measure(title string, rounds int, warmup bool, actions ...*actio
 			if a.rounds > 0 && round >= a.rounds {
 				continue
 			}
-			if err := a.measure(b, max(round, 0), round < 0, !warmup || round < 0, interval); err != nil {
+			if err := a.measure(b, round, !warmup || round < 0, interval); err != nil {
 				return fmt.Errorf("%s: %s: %w", title, a.name, err)
 			}
 			if round >= 0 {
@@ -166,7 +166,7 @@ func (b *bench) measure(title string, rounds int, warmup bool, actions ...*actio
 	return nil
 }
 
-func (a *action) measure(b *bench, round int, warmup, watch bool, interval time.Duration) error {
+func (a *action) measure(b *bench, round int, watch bool, interval time.Duration) error {
 	if a.prepare != nil {
 		if err := a.prepare(round); err != nil {
 			return err
@@ -191,7 +191,7 @@ func (a *action) measure(b *bench, round int, warmup, watch bool, interval time.
 			return err
 		}
 	}
-	if !warmup {
+	if round >= 0 {
 		work := cmp.Or(a.work, 1)
 		a.wall, a.cpu = append(a.wall, wall.Seconds()/work), append(a.cpu, used.Seconds()/work)
 	}
@@ -635,7 +635,7 @@ func (b *bench) benchStart() error {
 func (b *bench) benchSegment() error {
 	const title = "One WAL segment of 16 MiB"
 	var archive, restore []*action
-	segment := func(round int) string { return b.walPath(b.wal[round%len(b.wal)]) }
+	segment := func(round int) string { return b.walPath(b.wal[round+1]) } // the first one is for the warm-up
 	fetched := b.path("fetched")
 	add := func(name string, rounds int, s *sidecar, dir string, put, get func(round int) error) {
 		var a *action
@@ -647,7 +647,7 @@ func (b *bench) benchSegment() error {
 				}
 				a.stored = 0
 				filepath.WalkDir(b.bucket(dir), func(path string, e os.DirEntry, err error) error {
-					if err == nil && strings.HasPrefix(e.Name(), b.wal[round%len(b.wal)]) && !e.IsDir() {
+					if err == nil && strings.HasPrefix(e.Name(), filepath.Base(segment(round))) && !e.IsDir() {
 						info, _ := e.Info()
 						a.stored += info.Size()
 					}
@@ -698,11 +698,11 @@ func (b *bench) benchSegment() error {
 	add(sdk, 0, nil, "sdk", func(n int) error { return b.sdk("put", "sdk/"+filepath.Base(segment(n)), segment(n)) },
 		func(n int) error { return b.sdk("get", "sdk/"+filepath.Base(segment(n)), fetched) })
 
-	rounds := min(2*b.rounds+1, len(b.wal))
+	rounds := min(2*b.rounds+1, len(b.wal)-1)
 	if err := b.measure(title+": archive", rounds, true, archive...); err != nil {
 		return err
 	}
-	for _, a := range restore { // the segment of the warm-up is that of the first round
+	for _, a := range restore {
 		a.rounds = len(archive[slices.IndexFunc(archive, func(other *action) bool { return other.name == a.name })].wall)
 	}
 	return b.measure(title+": restore", rounds, true, restore...)
