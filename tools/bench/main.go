@@ -827,7 +827,6 @@ func (b *bench) benchBase() error {
 	if err != nil {
 		return err
 	}
-	defer b.stop(wal.process)
 	if err := b.sql(fmt.Sprintf("ALTER SYSTEM SET archive_command = '%s --socket %s --cluster %s archive %%p'",
 		b.path("socketclient"), b.path("wal.sock"), b.path("wal.json"))); err != nil {
 		return err
@@ -835,6 +834,7 @@ func (b *bench) benchBase() error {
 	if err := b.sql("SELECT pg_reload_conf()"); err != nil {
 		return err
 	}
+	sidecars := []*sidecar{wal}
 	var backup, restore []*action
 	// Only the objects of the last round stay, for the restores.
 	add := func(name, dir string, rounds int, s *sidecar, do func(int) error, get func(string) error) {
@@ -882,7 +882,7 @@ func (b *bench) benchBase() error {
 		if err != nil {
 			return err
 		}
-		defer b.stop(s.process)
+		sidecars = append(sidecars, s)
 		id := ""
 		do := func(int) error {
 			out, err := exec.Command(b.path("socketclient"), "--socket", b.path(name+".sock"), "--cluster", b.path(name+".json"), "backup").Output()
@@ -944,6 +944,9 @@ func (b *bench) benchBase() error {
 
 	if err := b.measure(fmt.Sprintf("%s of %d MB", title, b.pgbytes/1e6), b.rounds, false, backup...); err != nil {
 		return err
+	}
+	for _, s := range sidecars { // their program file is the restore's too, which would look smaller than it is
+		b.stop(s.process)
 	}
 	return b.measure("Restore of that, synced to disk", b.rounds, false, restore...)
 }
