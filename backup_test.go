@@ -894,7 +894,7 @@ func TestBackupOfServerThatStops(t *testing.T) {
 	}()
 	waitFor(t, "an upload to be on its way", func() bool { return len(s.uploads(t, bucket)) > 0 })
 	p.Restart()
-	if err := <-failure; !errors.Is(err, errRefused) {
+	if err := <-failure; !errors.Is(err, errRefused) && !errors.Is(err, errServer) { // the server's last words may or may not arrive
 		t.Errorf("the backup of a server that was restarted: %v", err)
 	}
 	assertFailed(t, s, bucket, store, p, "session")
@@ -947,7 +947,7 @@ func TestBackupOfChangingFiles(t *testing.T) {
 				t.Fatal(err)
 			}
 			changed := false
-			b := &baseBackup{store: testStore(t, s, bucket, "main"), info: &BackupInfo{ID: "20260101T000000"}, codec: triggerCodec(size/4, func() {
+			b := &baseBackup{store: testStore(t, s, bucket, "main"), info: &BackupInfo{ID: "20260101T000000"}, read: new(progress), codec: triggerCodec(size/4, func() {
 				changed = true
 				if err := c.change(path); err != nil {
 					t.Error(err)
