@@ -392,11 +392,11 @@ func runRestore(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := restoreBackup(ctx, s, b, o); err != nil {
-		return err
+	o.Settings = func() error {
+		return writeRecoverySettings(o.Dir, &target, restoreCommand(binaryPath(), "wal-restore",
+			"--objectstore", file, "--objectstore-name", fs.name, "--server-name", fs.server))
 	}
-	if err := writeRecoverySettings(o.Dir, &target, restoreCommand(binaryPath(), "wal-restore",
-		"--objectstore", file, "--objectstore-name", fs.name, "--server-name", fs.server)); err != nil {
+	if err := restoreBackup(ctx, s, b, o); err != nil {
 		return err
 	}
 	fmt.Printf("restored backup %s; start PostgreSQL on %s to recover to %s\n", b.ID, o.Dir, describeTarget(&target))

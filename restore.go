@@ -487,6 +487,9 @@ type restoreOptions struct {
 	WALDir      string            // where pg_wal is to be a link to; "" for a directory in PGDATA
 	Tablespaces map[string]string // new locations by name, before restoreAdditionalCommandArgs and backup.info
 	Jobs        int               // archives in flight at once; 0 means data.jobs
+	// Settings, if there is one, writes the recovery settings into Dir before pg_control makes
+	// it a database: interrupted in between, it would be one that knows of no target.
+	Settings func() error
 }
 
 const (
@@ -526,6 +529,9 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 	err = r.extractAll(ctx, archives, max(1, cmp.Or(o.Jobs, s.jobs())))
 	if err == nil {
 		_, err = r.sums.check(b.BeginLSN)
+	}
+	if err == nil && o.Settings != nil {
+		err = o.Settings()
 	}
 	if err == nil {
 		err = r.finish()

@@ -935,6 +935,12 @@ func TestRestoreInterrupted(t *testing.T) {
 	if !fileExists(filepath.Join(pgdata, incompleteFile)) || !fileExists(filepath.Join(side, incompleteFile)) {
 		t.Error("the leftovers do not say what they are")
 	}
+	// nor does one that cannot write its recovery settings
+	full := errors.New("no space")
+	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata, Settings: func() error { return full }}); !errors.Is(err, full) {
+		t.Errorf("without recovery settings: %v", err)
+	}
+	expectTree(t, pgdata, map[string]string{"global/pg_control": "", "base/1": "file 600 " + big})
 	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata}); err != nil {
 		t.Fatal(err)
 	}
