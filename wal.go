@@ -715,7 +715,7 @@ func newArchiver(life context.Context) *archiver {
 // it is stored too. Not so the first file of a cluster: if storing that one failed, the
 // check of the archive would find its neighbours, and take them for another cluster's.
 func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead bool) error {
-	key := aheadKey{s.walDestination(), filepath.Base(path)}
+	key := aheadKey{s.place(), filepath.Base(path)}
 	a.mu.Lock()
 	u := a.uploads[key]
 	delete(a.uploads, key)
@@ -754,12 +754,7 @@ func sameFile(a, b fs.FileInfo) bool {
 	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
 }
 
-// walDestination identifies the place where the store's WAL goes.
-func (s *Store) walDestination() string {
-	return s.Config.Configuration.EndpointURL + " " + s.URL(s.key("wals/"))
-}
-
-// waiting lists the WAL files in a pg_wal that PostgreSQL has marked as ready to be
+// waitingWAL lists the WAL files in a pg_wal that PostgreSQL has marked as ready to be
 // archived, in the order in which it archives them. The last, partial segment of a
 // timeline is left out: it may still be replaced.
 func waitingWAL(pgWAL string) ([]string, error) {
@@ -800,7 +795,7 @@ func (a *archiver) lookAhead(s *Store, path string) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	destination := s.walDestination()
+	destination := s.place()
 	flying := 0
 	for key, u := range a.uploads {
 		select {
@@ -1171,7 +1166,7 @@ func newPrefetcher(life context.Context, spool string) (*prefetcher, error) {
 func (p *prefetcher) take(ctx context.Context, s *Store, name, destination string) bool {
 	p.mu.Lock()
 	e := p.entries[name]
-	if p.source != s.walDestination() {
+	if p.source != s.place() {
 		e = nil
 	}
 	if e == nil {
@@ -1219,7 +1214,7 @@ func moveFile(from, to string) error {
 func (p *prefetcher) known(s *Store, name string, canStream bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if name != p.missing || p.source != s.walDestination() {
+	if name != p.missing || p.source != s.place() {
 		return nil
 	}
 	age := time.Since(p.since)
@@ -1237,10 +1232,10 @@ func (p *prefetcher) known(s *Store, name string, canStream bool) error {
 func (p *prefetcher) notFound(s *Store, name string, ahead bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if ahead && (p.source != s.walDestination() || p.ahead && p.missing != "" && p.missing < name && time.Since(p.since) < streamEndLife) {
+	if ahead && (p.source != s.place() || p.ahead && p.missing != "" && p.missing < name && time.Since(p.since) < streamEndLife) {
 		return
 	}
-	p.source, p.missing, p.ahead, p.since = s.walDestination(), name, ahead, time.Now()
+	p.source, p.missing, p.ahead, p.since = s.place(), name, ahead, time.Now()
 }
 
 // follow starts to fetch what comes after a segment of that size, up to maxParallel
@@ -1264,8 +1259,8 @@ func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64)
 		wanted[next] = true
 		order = append(order, next)
 	}
-	if p.source != s.walDestination() {
-		p.source, p.missing = s.walDestination(), ""
+	if p.source != s.place() {
+		p.source, p.missing = s.place(), ""
 		clear(wanted)
 	}
 	for next, e := range p.entries {
@@ -1358,7 +1353,7 @@ type walService struct {
 	archiver *archiver
 	prefetch *prefetcher
 	report   *report
-	// continued holds the StoreRefs whose archive is known to be of this database system.
+	// continued holds the places (Store.place) whose archive is known to be of this database system.
 	continued sync.Map
 }
 
@@ -1420,12 +1415,12 @@ func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef
 			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
 		}
 	}
-	if _, known := w.continued.Load(ref); !check && !known && cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled" {
+	if _, known := w.continued.Load(s.place()); !check && !known && cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled" {
 		if err := checkSystem(ctx, s, systemIdentifier(w.pgdata)); err != nil {
 			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
 		}
 	}
-	w.continued.Store(ref, true)
+	w.continued.Store(s.place(), true)
 	if err := w.archiver.archive(ctx, s, r.SourceFileName, !check); err != nil {
 		return err
 	}
