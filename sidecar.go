@@ -266,6 +266,7 @@ func (r *report) found(at StoreRef, kind, otherwise string, err error) {
 		reason = otherwise // the original's, which alerts look for
 	}
 	if reason == f.reason {
+		f.err = err
 		return
 	}
 	if err == nil || f.err == nil {
@@ -280,28 +281,29 @@ func (r *report) found(at StoreRef, kind, otherwise string, err error) {
 
 // archived notes what came of the WAL file at path.
 func (r *report) archived(cluster *Cluster, at StoreRef, path string, took time.Duration, err error) {
+	own := StoreRef{at.ObjectStore, cluster.Name}
+	if errors.Is(err, errArchiveNotEmpty) || errors.Is(err, errDifferent) {
+		at = own // that server name is another cluster's, which writes its status
+	}
+	r.found(at, conditionArchiving, "ArchivingFailed", err)
+	info, statErr := os.Stat(path)
 	r.mu.Lock()
 	r.seconds += took.Seconds()
 	if err != nil {
 		r.failures++
-	} else if info, err := os.Stat(path); err == nil {
+		r.mu.Unlock()
+		return
+	}
+	r.files++
+	if statErr == nil {
 		r.bytes += info.Size()
 	}
+	r.archive, r.lastWAL, r.lastTime = at, filepath.Base(path), time.Now()
+	_, conflict := r.findings[findingKey{own, conditionArchiving}]
 	r.mu.Unlock()
-	switch {
-	case err == nil:
-		r.mu.Lock()
-		r.files++
-		r.archive, r.lastWAL, r.lastTime = at, filepath.Base(path), time.Now()
-		_, conflict := r.findings[findingKey{StoreRef{at.ObjectStore, cluster.Name}, conditionArchiving}]
-		r.mu.Unlock()
-		if conflict {
-			r.found(StoreRef{at.ObjectStore, cluster.Name}, conditionArchiving, "", nil)
-		}
-	case errors.Is(err, errArchiveNotEmpty), errors.Is(err, errDifferent):
-		at.ServerName = cluster.Name // that server name is another cluster's, which writes its status
+	if conflict {
+		r.found(own, conditionArchiving, "", nil)
 	}
-	r.found(at, conditionArchiving, "ArchivingFailed", err)
 }
 
 // failureReason puts an error into one word.
@@ -330,19 +332,14 @@ func passing(kind string, err error) bool {
 	return kind == conditionArchiving && (errors.Is(err, errTransient) || errors.Is(err, errForbidden))
 }
 
-// tell brings conditions and Events up to date with the findings. It writes when a
-// condition changes, not when an error message does, which may hold a request id.
+// tell brings conditions and Events up to date with the findings. An Event tells a change
+// of a condition, not one of its message.
 func (r *report) tell(ctx context.Context) error {
 	var errs []error
+	news := map[StoreRef][]metav1.Condition{}
 	r.mu.Lock()
 	killed := r.killed
 	r.killed = false
-	r.mu.Unlock()
-	if killed {
-		errs = append(errs, r.tellKilled(ctx))
-	}
-	news := map[StoreRef][]metav1.Condition{}
-	r.mu.Lock()
 	for key, f := range r.findings {
 		c := metav1.Condition{Type: key.kind, Status: metav1.ConditionTrue, Reason: f.reason}
 		if f.err != nil {
@@ -357,6 +354,9 @@ func (r *report) tell(ctx context.Context) error {
 		news[r.archive] = []metav1.Condition{}
 	}
 	r.mu.Unlock()
+	if killed {
+		errs = append(errs, r.tellKilled(ctx))
+	}
 	for at, conditions := range news {
 		st, err := r.source.Status(ctx, at.ObjectStore)
 		known := st.Servers[at.ServerName].Conditions
@@ -367,8 +367,9 @@ func (r *report) tell(ctx context.Context) error {
 			err = r.source.UpdateStatus(ctx, at, func(_ *RecoveryWindow, s *ServerStatus) {
 				changed := progress
 				for _, c := range conditions {
-					if old := meta.FindStatusCondition(s.Conditions, c.Type); old != nil && old.Status == c.Status && old.Reason == c.Reason {
-						continue
+					if old := meta.FindStatusCondition(s.Conditions, c.Type); old != nil && old.Status == c.Status && old.Reason == c.Reason &&
+						(old.Message == c.Message || s.LastFailure != nil && time.Since(s.LastFailure.Time.Time) < progressLife) {
+						continue // PostgreSQL tries again each second, and the next message may differ in a request id only
 					}
 					changed = true
 					meta.SetStatusCondition(&s.Conditions, c)
@@ -658,7 +659,10 @@ func (k *kubeSource) dropBackups(ctx context.Context, cluster *Cluster, s *Store
 		switch {
 		case !present && origin[placeMetadata] == s.place():
 			err := client.Delete(ctx, b.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &b.UID}})
-			if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
+			switch {
+			case apierrors.IsNotFound(err) || apierrors.IsConflict(err): // gone, or another one by now
+				continue
+			case err != nil:
 				errs = append(errs, fmt.Errorf("delete Backup %s/%s, whose backup %s is gone: %w", k.namespace, b.Name, b.Status.BackupID, err))
 				continue
 			}
@@ -785,7 +789,7 @@ func (*metricsService) Define(context.Context, *metrics.DefineMetricsRequest) (*
 func (m *metricsService) Collect(ctx context.Context, r *metrics.CollectMetricsRequest) (*metrics.CollectMetricsResult, error) {
 	cluster, err := DecodeCluster(r.ClusterDefinition)
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
+		return nil, grpcError(err)
 	}
 	var v measured
 	var statusErr error

@@ -1058,7 +1058,7 @@ func (a *api) told() (told []string) {
 }
 
 // maintained is a Cluster main with its store-a, its primary's sidecar, and what that may do.
-func (a *api) maintained(server *s3Server, bucket string) (*report, *kubeSource) {
+func (a *api) maintained(server *s3Server, bucket string) (*report, *kubeSource, *Store) {
 	t := a.t
 	t.Helper()
 	a.cloudNativePG("main")
@@ -1072,12 +1072,14 @@ func (a *api) maintained(server *s3Server, bucket string) (*report, *kubeSource)
 	if err != nil {
 		t.Fatal(err)
 	}
+	var store *Store
 	waitFor(t, "the authorizer to see the Roles", func() bool {
-		_, err := source.Store(t.Context(), StoreRef{"store-a", "main"})
+		var err error
+		store, err = source.Store(t.Context(), StoreRef{"store-a", "main"})
 		_, err2 := source.ownCluster(t.Context())
 		return err == nil && err2 == nil
 	})
-	return newReport(source, testDir(t)), source
+	return newReport(source, testDir(t)), source, store
 }
 
 func (a *api) conditions(server string) map[string]string {
@@ -1094,12 +1096,8 @@ func (a *api) conditions(server string) map[string]string {
 func TestAPIMaintenance(t *testing.T) {
 	a := testAPI(t)
 	server, bucket := testS3(t), newBucket(t)
-	r, kube := a.maintained(server, bucket)
+	r, kube, store := a.maintained(server, bucket)
 	ref := StoreRef{"store-a", "main"}
-	store, err := kube.Store(t.Context(), ref)
-	if err != nil {
-		t.Fatal(err)
-	}
 	var ends []time.Time
 	for _, id := range []string{"20260101T100000", "20260201T100000"} {
 		b := testBackup(t, server, bucket, store, map[string][]byte{"data.tar": {}}, func(b *BackupInfo) {
@@ -1237,12 +1235,8 @@ func TestAPIMaintenance(t *testing.T) {
 func TestAPIHousekeeping(t *testing.T) {
 	a := testAPI(t)
 	server, bucket := testS3(t), newBucket(t)
-	r, kube := a.maintained(server, bucket)
+	r, _, store := a.maintained(server, bucket)
 	ref := StoreRef{"store-a", "main"}
-	store, err := kube.Store(t.Context(), ref)
-	if err != nil {
-		t.Fatal(err)
-	}
 	b := testBackup(t, server, bucket, store, map[string][]byte{"data.tar": {}})
 	r.killed = true
 	ctx, stop := context.WithCancel(t.Context())
@@ -1277,15 +1271,12 @@ func TestAPISubcommandsInAPod(t *testing.T) {
 		t.Skipf("cannot make a mount namespace: %s", r.Stderr)
 	}
 	server, bucket := testS3(t), newBucket(t)
-	_, kube := a.maintained(server, bucket)
-	store, err := kube.Store(t.Context(), StoreRef{"store-a", "main"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, _, store := a.maintained(server, bucket)
 	testBackup(t, server, bucket, store, map[string][]byte{"data.tar": makeTar(t, plain()...)})
 	config, pod := a.asServiceAccount(a.namespace, "main"), testDir(t)
 	ca := config.CAData
 	if len(ca) == 0 {
+		var err error
 		if ca, err = os.ReadFile(config.CAFile); err != nil {
 			t.Fatal(err)
 		}
@@ -1325,7 +1316,7 @@ func TestAPISubcommandsInAPod(t *testing.T) {
 func TestAPISaysWhatIsWrong(t *testing.T) {
 	a := testAPI(t)
 	server, bucket := testS3(t), newBucket(t)
-	r, kube := a.maintained(server, bucket)
+	r, kube, _ := a.maintained(server, bucket)
 	w := testWALService(t, kube, "main-1", r.pgdata)
 	w.report = r
 	definition := []byte(strings.Replace(mainCluster, `"store"`, `"store-a"`, 1))
@@ -1452,6 +1443,19 @@ func TestAPISaysWhatIsWrong(t *testing.T) {
 	info := &BackupInfo{ID: "20260101T100000", BadPageCount: 2, BadPages: []string{"base/5/16384:7", "base/5/16384:8"}}
 	service.record(t.Context(), StoreRef{"store-a", "main"}, info, nil)
 	expect("damaged pages", "main", conditionPages, "False BadPages", "base/5/16384:7 base/5/16384:8", "Warning BadPages")
+	// Those of a later backup take their place, but not with every message that PostgreSQL's retries bring.
+	long := metav1.NewTime(time.Now().Add(-2 * progressLife).Truncate(time.Second))
+	if err := kube.UpdateStatus(t.Context(), StoreRef{"store-a", "main"}, func(_ *RecoveryWindow, s *ServerStatus) { s.LastFailure.Time = long }); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the status to come back to the sidecar", func() bool {
+		st, err := kube.Status(t.Context(), "store-a")
+		return err == nil && st.Servers["main"].LastFailure.Time.Equal(&long)
+	})
+	for _, page := range []string{"base/5/2619:3", "base/5/2619:4"} {
+		service.record(t.Context(), StoreRef{"store-a", "main"}, &BackupInfo{ID: info.ID, BadPageCount: 2, BadPages: []string{page}}, nil)
+		expect("other damaged pages", "main", conditionPages, "False BadPages", "base/5/2619:3")
+	}
 	service.record(t.Context(), StoreRef{"store-a", "main"}, nil, errServer)
 	expect("a backup that failed", "main", conditionBackup, "False BackupFailed", "PostgreSQL", "Warning BackupFailed")
 	st := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status
