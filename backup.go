@@ -146,15 +146,18 @@ func takeBackup(ctx context.Context, s *Store, o backupOptions) (_ *BackupInfo, 
 	return b.info, nil
 }
 
-// reservedName is an object that makes an id the backup's own until it is done or failed:
+// reservedName is an object that makes an id the backup's own until its backup.info is there:
 // two instances that begin a backup in the same second would mix their archives.
 const reservedName = "reserved"
+
+// maxReservations bounds the attempts at an id, each of which another backup was faster at.
+const maxReservations = 20
 
 // nextBackupID reserves the current time in UTC, or one second after the newest id under
 // base/: backups are ordered by their ids, and a Barman elsewhere names its own after
 // its local time, which may be ahead of UTC.
 func nextBackupID(ctx context.Context, s *Store) (string, error) {
-	for {
+	for n := 1; ; n++ {
 		ids, err := s.ListDirectories(ctx, s.key("base/"))
 		if err != nil {
 			return "", err
@@ -166,14 +169,24 @@ func nextBackupID(ctx context.Context, s *Store) (string, error) {
 			}
 		}
 		id := now.Format(backupIDLayout)
-		err = s.Put(ctx, s.baseKey(id, reservedName), nil, putOptions{Data: true, IfAbsent: true})
-		if !errors.Is(err, errPrecondition) { // or else another backup has it, and is listed
-			return id, err
+		reserved := s.baseKey(id, reservedName)
+		switch err = s.Put(ctx, reserved, nil, putOptions{Data: true, IfAbsent: true}); {
+		case errors.Is(err, errPrecondition) && n < maxReservations: // another backup has it, and is listed
+			err = sleep(ctx, backoff(n))
+		case err == nil:
+			if _, err = s.Head(ctx, s.baseKey(id, backupInfoFile)); errors.Is(err, errNotFound) {
+				return id, nil
+			} else if err == nil { // another backup had it, and has ended since the listing
+				err = s.Delete(ctx, reserved)
+			}
+		}
+		if err != nil {
+			return "", err
 		}
 	}
 }
 
-// release gives the reservation of the id up; backup.info takes its place.
+// release gives the reservation of the id up; backup.info has taken its place.
 func (b *baseBackup) release(ctx context.Context) {
 	if err := b.store.Delete(ctx, b.store.baseKey(b.info.ID, reservedName)); err != nil {
 		slog.Warn("An object that has no use any more stays in the bucket", "object", b.store.URL(b.store.baseKey(b.info.ID, reservedName)), "error", err)
@@ -290,10 +303,10 @@ func (b *baseBackup) run(ctx context.Context) error {
 	// and the DONE would come after the FAILED of undo.
 	commit, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
 	defer cancel()
-	b.release(commit)
 	if err := b.store.WriteBackupInfo(commit, b.info); err != nil {
 		return err
 	}
+	b.release(commit)
 	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.read.done.Load(),
 		"bytesStored", b.stored(), "archives", len(b.archives), "seconds", time.Since(b.began).Seconds())
 	return nil
@@ -371,7 +384,6 @@ func (b *baseBackup) undo(ctx context.Context, cause error) {
 		workers.Go(a.abort)
 	}
 	workers.Wait()
-	b.release(ctx)
 	b.info.Status, b.info.Error, b.info.EndTime = statusFailed, cause.Error(), time.Time{}
 	if err := b.store.WriteBackupInfo(ctx, b.info); err != nil {
 		// If only the reply to a DONE was lost, then that backup is whole, and stays so.
@@ -379,6 +391,7 @@ func (b *baseBackup) undo(ctx context.Context, cause error) {
 			"backupID", b.info.ID, "objects", b.store.URL(b.store.baseKey(b.info.ID, "")), "error", err)
 		return
 	}
+	b.release(ctx)
 	for _, a := range b.archives {
 		if !a.closed {
 			continue

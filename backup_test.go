@@ -776,6 +776,26 @@ func TestBackupCancelledAtTheEnd(t *testing.T) {
 	if _, err := listArchives(t.Context(), store, info); err != nil {
 		t.Error(err)
 	}
+	// The id is the backup's own until its backup.info is there, whether it says DONE or FAILED.
+	steps := func() (steps []string) {
+		order := regexp.MustCompile(`^(PUT|HEAD|DELETE) .*/base/\w+/(reserved|backup\.info)(\?|$)`)
+		for _, r := range proxy.seen(order) {
+			m := order.FindStringSubmatch(r)
+			steps = append(steps, m[1]+" "+m[2])
+		}
+		return steps
+	}
+	want := []string{"PUT reserved", "HEAD backup.info", "PUT backup.info", "DELETE reserved"}
+	if got := steps(); !slices.Equal(got, want) {
+		t.Errorf("a backup that is done: %q, want %q", got, want)
+	}
+	proxy.add(fault{Path: regexp.MustCompile(`/data\.tar`), Do: answerError, HTTP: 403, Code: "AccessDenied"})
+	if _, err := takeBackup(t.Context(), store, backupOptions{Connection: p.connection(), FastCheckpoint: true}); !errors.Is(err, errDenied) {
+		t.Errorf("without the right to write: %v", err)
+	}
+	if got := steps()[len(want):]; !slices.Equal(got, want) {
+		t.Errorf("a backup that has failed: %q, want %q", got, want)
+	}
 }
 
 // A killed backup leaves no backup.info, and the next one is not disturbed by what is left.
@@ -1154,6 +1174,26 @@ func TestNextBackupID(t *testing.T) {
 	if slices.Sort(ids); ids[0] == "" || len(slices.Compact(ids)) != 5 {
 		t.Errorf("ids of backups that begin at once: %q", ids)
 	}
+
+	// A reservation that arrives late does not take the id of a backup that has ended meanwhile.
+	proxy := startFaultProxy(t, s)
+	late := proxy.add(fault{Method: "PUT", Path: regexp.MustCompile("reserved"), Times: 1, Do: delayRequest, Delay: time.Second})
+	written := make(chan string, 1)
+	go func() {
+		waitFor(t, "the reservation", func() bool { return proxy.hits(late) == 1 })
+		taken := path.Dir(strings.TrimPrefix(proxy.seen(regexp.MustCompile("^PUT .*reserved"))[0], "PUT /"+bucket+"/"))
+		s.write(t, bucket, taken+"/backup.info", []byte("status=DONE\n"))
+		written <- taken
+	}()
+	id, err := nextBackupID(t.Context(), testStoreAt(t, s, proxy.Endpoint, bucket, "main"))
+	taken := <-written
+	if err != nil || "main/base/"+id == taken {
+		t.Errorf("id %q (%v), which another backup has had", id, err)
+	}
+	if keys := s.keys(t, bucket, taken); !slices.Equal(keys, []string{taken + "/backup.info"}) {
+		t.Errorf("objects of the other backup: %q", keys)
+	}
+
 	s.write(t, bucket, "main/base/20991231T235959/data.tar", []byte("of a backup in progress"))
 	s.write(t, bucket, "main/base/unrelated/x", nil)
 	if id, err := nextBackupID(t.Context(), store); err != nil || id != "21000101T000000" {
