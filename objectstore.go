@@ -628,8 +628,8 @@ type Store struct {
 	walRestore     commandArgs
 	data           commandArgs
 	dataRestore    commandArgs
-	// noConditionalPut is set when the server answered that it has no If-None-Match.
-	noConditionalPut atomic.Bool
+	// conditionsRefused is how often in a row the server answered that it has no If-None-Match.
+	conditionsRefused atomic.Int32
 	// noBatchDelete is set when the server refused DeleteObjects as such.
 	noBatchDelete  atomic.Bool
 	certificateEnd atomic.Int64 // of the server's TLS certificate, in Unix seconds; 0: not seen yet
@@ -1577,14 +1577,19 @@ func (w *objectWriter) Close() (err error) {
 	return err
 }
 
+// maxRefusals is how often a server may refuse If-None-Match until it is not asked any more:
+// one answer may be that of a proxy in a bad moment.
+const maxRefusals = 3
+
 // conditionally sends a request with If-None-Match where that was asked for, and without
 // it to a server that does not have it.
 func (w *objectWriter) conditionally(send func(condition *string) error) error {
-	if w.o.IfAbsent && !w.store.noConditionalPut.Load() {
+	if refused := &w.store.conditionsRefused; w.o.IfAbsent && refused.Load() < maxRefusals {
 		if err := send(aws.String("*")); !errors.Is(err, errUnsupported) {
+			refused.Store(0)
 			return err
 		}
-		w.store.noConditionalPut.Store(true)
+		refused.Add(1)
 	}
 	return send(nil)
 }

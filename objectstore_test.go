@@ -672,6 +672,37 @@ func TestWriterThroughFaults(t *testing.T) {
 	}
 }
 
+// One answer that says so does not make a server one without conditions; a few in a row do.
+func TestConditionsRefused(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, s)
+	store := testStoreAt(t, s, proxy.Endpoint, bucket, "main")
+	put := func(key string) error { return store.Put(t.Context(), key, []byte(key), putOptions{IfAbsent: true}) }
+	refuse := func(skip int) {
+		proxy.add(fault{Method: "PUT", Skip: skip, Times: 1, Do: answerError, HTTP: 501, Code: "NotImplemented"})
+	}
+	refuse(0)
+	if err := put("a"); err != nil {
+		t.Error(err)
+	}
+	if err := put("a"); !errors.Is(err, errPrecondition) {
+		t.Errorf("a condition after one refusal: %v", err)
+	}
+	proxy.clear()
+	before := len(proxy.seen(regexp.MustCompile("^PUT")))
+	for i := range maxRefusals { // each rule sees what the ones before it let pass: every other request is refused
+		refuse(i)
+	}
+	for i := range maxRefusals + 1 {
+		if err := put(fmt.Sprint("b", i)); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := len(proxy.seen(regexp.MustCompile("^PUT"))) - before; n != 2*maxRefusals+1 {
+		t.Errorf("%d requests for %d objects", n, maxRefusals+1)
+	}
+}
+
 // A reader gets the whole object or an error.
 func TestReader(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)
