@@ -821,7 +821,7 @@ var (
 		"postmaster.pid": true, "postmaster.opts": true, "current_logfiles": true, "current_logfiles.tmp": true,
 		"postgresql.auto.conf.tmp": true, "recovery.conf": true, "recovery.signal": true, "standby.signal": true,
 		"backup_manifest": true, "backup_manifest.tmp": true, "backup_label": true, "backup_label.old": true,
-		"tablespace_map": true, "tablespace_map.old": true, "lost+found": true, emptyArchiveMarker: true,
+		"tablespace_map": true, "tablespace_map.old": true, "lost+found": true, emptyArchiveMarker: true, incompleteFile: true,
 	}
 	// temporaryRelation is a relation of one session: t<backend>_<filenode>, with fork and segment.
 	temporaryRelation = regexp.MustCompile(`^t\d+_\d+(_[a-z]+)?(\.\d+)?$`)

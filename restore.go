@@ -537,7 +537,7 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 		err = r.finish()
 	}
 	if err != nil {
-		return fail(fmt.Errorf("%w (what was restored so far stays in %s, unusable, until it is removed or the restore is run again)", err, r.paths()))
+		return fail(fmt.Errorf("%w (what was restored so far stays in %s, unusable, until it is removed or the restore is run again)", err, strings.Join(r.paths(), ", ")))
 	}
 	return nil
 }
@@ -569,6 +569,7 @@ type targetDir struct {
 	root     *os.Root
 	mark     *os.File // incompleteFile, locked
 	leftover bool     // it holds what an interrupted restore left
+	listed   bool     // the mark of PGDATA stands for its own, see finish
 }
 
 // plan decides which directory each part of the backup goes to, and checks them without
@@ -585,6 +586,13 @@ func (r *restorer) plan(o restoreOptions) error {
 			}
 		}
 		t := &targetDir{path: dir}
+		if r.data != nil && r.data.leftover {
+			note, err := os.ReadFile(filepath.Join(r.data.path, incompleteFile))
+			if err != nil {
+				return nil, err
+			}
+			t.listed = slices.Contains(strings.Split(string(note), "\n"), dir)
+		}
 		return t, t.check()
 	}
 	var err error
@@ -638,13 +646,12 @@ func (r *restorer) targets() []*targetDir {
 	return all
 }
 
-func (r *restorer) paths() string {
-	var paths []string
+func (r *restorer) paths() (paths []string) {
 	for _, t := range r.targets() {
 		paths = append(paths, t.path)
 	}
 	slices.Sort(paths[1:])
-	return strings.Join(paths, ", ")
+	return paths
 }
 
 // check makes sure that a directory is missing, or empty, or holds the leftovers of an
@@ -658,8 +665,7 @@ func (t *targetDir) check() error {
 		return err
 	}
 	entries = slices.DeleteFunc(entries, func(e fs.DirEntry) bool { return e.Name() == "lost+found" })
-	t.leftover = slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == incompleteFile }) &&
-		!fileExists(filepath.Join(t.path, controlFile))
+	t.leftover = (t.listed || fileExists(filepath.Join(t.path, incompleteFile))) && !fileExists(filepath.Join(t.path, controlFile))
 	if len(entries) > 0 && !t.leftover {
 		return fmt.Errorf("%s: %w (it has %q): restore into a new or empty directory", t.path, errNotEmpty, entries[0].Name())
 	}
@@ -668,7 +674,7 @@ func (t *targetDir) check() error {
 
 // open makes the directories and claims them for this restore.
 func (r *restorer) open() error {
-	note := fmt.Sprintf("A restore of backup %s began here at %s and has not ended.\nIf none is running, the directory is unusable and can be removed.\n",
+	note := fmt.Sprintf("A restore of backup %s began here at %s and has not ended.\nIf none is running, and there is no global/pg_control, the directory is unusable and can be removed.\n",
 		r.backup.ID, time.Now().UTC().Format(time.RFC3339))
 	for _, t := range r.targets() {
 		if err := os.MkdirAll(t.path, minDirMode); err != nil {
@@ -691,9 +697,9 @@ func (t *targetDir) claim(note string) (err error) {
 	if err := t.check(); err != nil { // again: a tablespace in PGDATA has just been removed with it
 		return err
 	}
-	flags := os.O_WRONLY | os.O_CREATE | os.O_EXCL
-	if t.leftover {
-		flags = os.O_WRONLY
+	flags := os.O_WRONLY | os.O_CREATE
+	if !t.leftover {
+		flags |= os.O_EXCL
 	}
 	if t.mark, err = t.root.OpenFile(incompleteFile, flags, minFileMode); err != nil {
 		return err
@@ -903,6 +909,9 @@ func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer
 
 // route finds the directory that an entry goes to, and its name in it; nil when it is to be left out.
 func (r *restorer) route(a dataArchive, name string) (*targetDir, string) {
+	if path.Base(name) == incompleteFile { // no archive replaces our marks
+		return nil, ""
+	}
 	if a.oid != 0 {
 		return r.tablespaces[a.oid], name
 	}
@@ -1210,18 +1219,35 @@ func (r *restorer) finish() error {
 			return err
 		}
 	}
-	for _, t := range r.targets() {
-		if err := t.root.Remove(incompleteFile); err != nil {
-			return err
-		}
-		if err := t.syncDir("."); err != nil {
-			return err
+	// The mark of PGDATA goes last, when pg_control has made it a database: until then it
+	// stands for the others, which it lists, too.
+	_, err := r.data.mark.WriteString(strings.Join(r.paths(), "\n"))
+	if err == nil {
+		err = r.data.mark.Sync()
+	}
+	for _, t := range r.targets()[1:] {
+		if err == nil {
+			err = t.unmark()
 		}
 	}
-	if err := root.Rename(controlFile+stagedSuffix, controlFile); err != nil {
+	if err == nil {
+		err = root.Rename(controlFile+stagedSuffix, controlFile)
+	}
+	if err == nil {
+		err = r.data.syncDir("global")
+	}
+	if err == nil {
+		err = r.data.unmark()
+	}
+	return err
+}
+
+// unmark says that a directory is complete.
+func (t *targetDir) unmark() error {
+	if err := t.root.Remove(incompleteFile); err != nil {
 		return err
 	}
-	return r.data.syncDir("global")
+	return t.syncDir(".")
 }
 
 // sync writes the whole file system of a directory to disk. Errors that earlier writes

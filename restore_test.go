@@ -909,10 +909,10 @@ func TestRestoreInterrupted(t *testing.T) {
 	big := strings.Repeat("0123456789abcdef", 64<<10)
 	base := testDir(t)
 	pgdata, side := filepath.Join(base, "pgdata"), filepath.Join(base, "side")
-	// pg_control comes early here: its place is not what protects it
+	// pg_control comes early here: its place is not what protects it; nor can a backup bring marks
 	b := testBackup(t, s, bucket, store, map[string][]byte{
-		"data.tar":  makeTar(t, tarDir("./"), tarDir("global"), tarFile("global/pg_control", "control"), tarFile("backup_label", "x"), tarFile("base/1", big)),
-		"16384.tar": makeTar(t, tarFile("PG_15_1/5/1", "in side")),
+		"data.tar":  makeTar(t, tarDir("./"), tarFile(incompleteFile, "\n/\n"), tarDir("global"), tarFile("global/pg_control", "control"), tarFile("backup_label", "x"), tarFile("base/1", big)),
+		"16384.tar": makeTar(t, tarFile("./"+incompleteFile, "\n/\n"), tarFile("PG_15_1/5/1", "in side")),
 	}, func(b *BackupInfo) { b.Tablespaces = []Tablespace{{"side", 16384, side}} })
 	stall := proxy.add(fault{Method: "GET", Path: regexp.MustCompile(`data\.tar`), Times: 1, Do: stallBody, Bytes: 500_000})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -923,8 +923,8 @@ func TestRestoreInterrupted(t *testing.T) {
 		return err == nil && info.Size() > 100_000 && proxy.hits(stall) == 1
 	})
 	// while it runs, no other restore takes the directory for its own
-	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata}); !errors.Is(err, errNotEmpty) || !strings.Contains(err.Error(), "another restore") {
-		t.Errorf("a second restore: %v", err)
+	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata}); !errors.Is(err, errNotEmpty) || !strings.Contains(err.Error(), "another restore") || !fileExists(pgdata+"/base/1") {
+		t.Errorf("a second restore: %v, or it has removed the first one's files", err)
 	}
 	cancel()
 	err := <-result
@@ -932,8 +932,10 @@ func TestRestoreInterrupted(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	expectTree(t, pgdata, map[string]string{"global/pg_control": ""})
-	if !fileExists(filepath.Join(pgdata, incompleteFile)) || !fileExists(filepath.Join(side, incompleteFile)) {
-		t.Error("the leftovers do not say what they are")
+	for _, dir := range []string{pgdata, side} {
+		if mark, err := os.ReadFile(filepath.Join(dir, incompleteFile)); err != nil || !strings.HasPrefix(string(mark), "A restore of backup "+b.ID) {
+			t.Errorf("the leftovers do not say what they are: %q (%v)", mark, err)
+		}
 	}
 	// nor does one that cannot write its recovery settings
 	full := errors.New("no space")
@@ -941,9 +943,20 @@ func TestRestoreInterrupted(t *testing.T) {
 		t.Errorf("without recovery settings: %v", err)
 	}
 	expectTree(t, pgdata, map[string]string{"global/pg_control": "", "base/1": "file 600 " + big})
-	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata}); err != nil {
+	// nor one that ends with its very last step, the naming of pg_control, undone
+	o := restoreOptions{Dir: pgdata, WALDir: filepath.Join(base, "wal")}
+	o.Settings = func() error { return os.MkdirAll(filepath.Join(pgdata, "global/pg_control/in the way"), 0o700) }
+	if err := restoreBackup(t.Context(), store, b, o); err == nil {
+		t.Fatal("pg_control has got its name")
+	}
+	if err := os.RemoveAll(filepath.Join(pgdata, "global/pg_control")); err != nil {
 		t.Fatal(err)
 	}
+	o.Settings = nil
+	if err := restoreBackup(t.Context(), store, b, o); err != nil {
+		t.Fatal(err)
+	}
+	expectTree(t, filepath.Join(base, "wal"), map[string]string{"archive_status": "dir 700", incompleteFile: ""})
 	expectTree(t, pgdata, map[string]string{"global/pg_control": "file 600 control", "base/1": "file 600 " + big, incompleteFile: ""})
 	expectTree(t, side, map[string]string{"PG_15_1/5/1": "file 600 in side", incompleteFile: ""})
 	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata}); !errors.Is(err, errNotEmpty) {
