@@ -1450,6 +1450,7 @@ func (w *objectWriter) Write(p []byte) (int, error) {
 		// part still goes in one request.
 		if w.part.size == w.o.PartSize {
 			if err := w.flush(); err != nil {
+				w.cancel(err) // lest a Close in spite of it store half of the object
 				return done, err
 			}
 		}
@@ -1538,6 +1539,9 @@ func (w *objectWriter) Close() (err error) {
 		}
 		w.cancel(nil)
 	}()
+	if err := context.Cause(w.ctx); err != nil {
+		return err
+	}
 	if w.uploadID == nil {
 		defer w.part.free()
 		if err := w.throttle(w.part.size); err != nil {

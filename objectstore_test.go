@@ -547,6 +547,23 @@ func TestWriterCancelledAtTheBeginning(t *testing.T) {
 	}
 }
 
+// A Close after a Write that has failed is none that succeeds.
+func TestWriterFailedBefore(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, s)
+	proxy.add(fault{Method: "POST", Path: regexp.MustCompile(`uploads`), Do: answerError, HTTP: 403, Code: "AccessDenied"})
+	w := testStoreAt(t, s, proxy.Endpoint, bucket, "main").NewWriter(t.Context(), "key", putOptions{PartSize: minPartSize})
+	if _, err := w.Write(random(t, 2*minPartSize)); !errors.Is(err, errDenied) {
+		t.Errorf("the write: %v", err)
+	}
+	if err := w.Close(); !errors.Is(err, errDenied) {
+		t.Errorf("close: %v", err)
+	}
+	if keys := s.keys(t, bucket, ""); len(keys) > 0 {
+		t.Errorf("half of it was stored as %q", keys)
+	}
+}
+
 // "No such upload" after a lost reply is a success only if it is our object that is there.
 func TestWriterUploadGone(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)
