@@ -1476,17 +1476,17 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 			continue
 		}
 		systemID, _ := strconv.ParseUint(b.info.SystemID, 10, 64) // 0 is not compared
-		timeline := timelineOf(b.info.EndWAL, b.info.Timeline)
-		for t := range newest {
-			if b.info.Keep == "standalone" {
-				break // retention deletes what follows it
+		own := timelineOf(b.info.EndWAL, b.info.Timeline)
+		timeline := own
+		if b.info.Keep != "standalone" { // retention deletes what follows such a one
+			for t := range newest {
+				if t > timeline && histories.offLine(t, own, end) == "" {
+					timeline = t
+				}
 			}
-			if t > timeline && histories.offLine(t, timelineOf(b.info.EndWAL, b.info.Timeline), end) == "" {
-				timeline = t
+			if w, err := parseWALName(newest[timeline]); err == nil {
+				end = max(end, LSN((w.number(size)+1)*uint64(size)))
 			}
-		}
-		if w, err := parseWALName(newest[timeline]); err == nil && b.info.Keep != "standalone" {
-			end = max(end, LSN((w.number(size)+1)*uint64(size)))
 		}
 		if n := segmentNumber(end, size) - segmentNumber(begin, size); end > begin && n > maxVerifiedSegments {
 			v.problem(&b.Problems, fmt.Errorf("%w: %s, the newest segment, is %d segments after its begin: it is another cluster's", errDamaged, newest[timeline], n))
