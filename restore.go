@@ -1722,8 +1722,7 @@ func (r *restoreJobService) checkDestination(ctx context.Context, source *Store,
 		return err
 	}
 	err = checkEmptyArchive(ctx, destination, "")
-	if errors.Is(err, errArchiveNotEmpty) && source.Config.Configuration.EndpointURL == destination.Config.Configuration.EndpointURL &&
-		source.URL(source.key()) == destination.URL(destination.key()) {
+	if errors.Is(err, errArchiveNotEmpty) && source.place() == destination.place() {
 		return fmt.Errorf("the new cluster would archive to the very place that it is restored from, %s: set another serverName in its spec.plugins: %w",
 			source.URL(source.key()), err)
 	}
