@@ -426,6 +426,9 @@ func runList(ctx context.Context, args []string) error {
 		return err
 	}
 	rows := listRows(c, objects)
+	if len(rows) == 0 {
+		slog.Warn("There is no backup", "reason", nothingThere(ctx, s))
+	}
 	first, last := c.recoverability()
 	if *output == "json" {
 		return printJSON(map[string]any{"serverName": s.Config.ServerName, "backups": rows, "wal": timelines,
@@ -547,6 +550,9 @@ func runRetention(ctx context.Context, args []string) error {
 	r, err := s.enforceRetention(ctx, o)
 	if err != nil {
 		return err
+	}
+	if len(r.Backups) == 0 {
+		slog.Warn("There is no backup", "reason", nothingThere(ctx, s))
 	}
 	if *asJSON {
 		err = printJSON(r)

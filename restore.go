@@ -1363,7 +1363,11 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 			v.Backups = append(v.Backups, verified)
 		}
 	}
-	if id != "" && len(v.Backups) == 0 {
+	switch {
+	case len(v.Backups) > 0:
+	case id == "":
+		return nil, nothingThere(ctx, s)
+	default:
 		return nil, fmt.Errorf("%w: there is no backup %s at %s", errNoBackup, id, s.URL(s.key("base/")))
 	}
 

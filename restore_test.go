@@ -195,7 +195,8 @@ func TestChooseBackup(t *testing.T) {
 // nothing, the message says which servers there are.
 func TestFindBackup(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)
-	store := testStoreFile(t, storeFileAt(t, s, s.Endpoint, "s3://"+bucket+"/some/path"), "main")
+	file := storeFileAt(t, s, s.Endpoint, "s3://"+bucket+"/some/path")
+	store := testStoreFile(t, file, "main")
 
 	_, err := findBackup(t.Context(), store, nil)
 	if !errors.Is(err, errNoBackup) || !strings.Contains(err.Error(), "there is no server at all at s3://"+bucket+"/some/path") {
@@ -208,6 +209,13 @@ func TestFindBackup(t *testing.T) {
 	_, err = findBackup(t.Context(), store, nil)
 	if !errors.Is(err, errNoBackup) || !strings.Contains(err.Error(), `there is no server "main" at s3://`+bucket+`/some/path, only other, pg-2: set serverName`) {
 		t.Errorf("wrong server name: %v", err)
+	}
+	// nor does a wrong server name look like an archive in which all is well
+	for args, code := range map[string]int{"verify": exitFailed, "list": 0, "list -o json": 0, "retention --policy 7d": 0} {
+		if r := runProgram(t, nil, append(strings.Fields(args), "--objectstore", file, "--server-name", "main")...); r.Code != code ||
+			!strings.Contains(r.Stderr, `there is no server \"main\" at s3://`) {
+			t.Errorf("%s: %+v", args, r)
+		}
 	}
 	s.write(t, bucket, "some/path/main/wals/0000000100000000/000000010000000000000001", nil)
 	if _, err = findBackup(t.Context(), store, nil); !errors.Is(err, errNoBackup) || !strings.Contains(err.Error(), `server "main" has WAL but no base backup`) {
