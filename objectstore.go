@@ -862,6 +862,10 @@ func describe(err error) string {
 		}
 		return text
 	}
+	var unsent *smithyhttp.RequestSendError // no reply: what the SDK puts around it says nothing more
+	if errors.As(err, &unsent) {
+		return unsent.Err.Error()
+	}
 	var unwrapped *smithy.OperationError
 	if errors.As(err, &unwrapped) {
 		return unwrapped.Err.Error()
@@ -1815,7 +1819,7 @@ func checkStore(ctx context.Context, s *Store, tell func(what, note string, err 
 	if err != nil {
 		// The other addressing style may be the one that the server knows.
 		other := &Store{Config: s.Config, bucket: s.bucket, prefix: s.prefix,
-			client: s3.New(s.client.Options(), func(o *s3.Options) { o.UsePathStyle = !o.UsePathStyle })}
+			client: s3.New(s.client.Options(), func(o *s3.Options) { o.UsePathStyle, o.RetryMaxAttempts = !o.UsePathStyle, 1 })}
 		if _, otherErr := other.ServerTime(ctx); otherErr == nil {
 			style := map[bool]string{true: "virtual", false: "path"}[s.client.Options().UsePathStyle]
 			err = fmt.Errorf("%w; it works with the other addressing style: add --addressing-style=%s to wal.archiveAdditionalCommandArgs", err, style)

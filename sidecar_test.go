@@ -1543,7 +1543,7 @@ func TestCheck(t *testing.T) {
 		"good":       {proxied(at), 0, []string{"path-style addressing", "ok      access, list", "ok      clock", "ok      write", "ok      read", "ok      conditional write", "ok      multipart upload", "ok      list uploads", "ok      delete"}},
 		"wrong keys": {func() string { return storeFile(t, &wrong, bucket) }, 1, []string{"FAILED  access, list", "Secret keys"}},
 		"no bucket":  {func() string { return storeFile(t, server, "no-such-bucket") }, 1, []string{"FAILED  access, list", `bucket "no-such-bucket" does not exist`}},
-		"unknown CA": {func() string { return storeFileAt(t, server, untrusted, "s3://"+bucket) }, 1, []string{"FAILED  access, list", "endpointCA"}},
+		"unknown CA": {func() string { return storeFileAt(t, server, untrusted, "s3://"+bucket) }, 1, []string{"FAILED  access, list", `/main/: Get "https://127.0.0.1:`, "set endpointCA"}},
 		"wrong style": {func() string {
 			return storeFileAt(t, server, strings.Replace(server.Endpoint, "127.0.0.1", "localhost", 1), "s3://"+bucket, "wal: {archiveAdditionalCommandArgs: [--addressing-style=virtual]}")
 		}, 1,
