@@ -46,9 +46,9 @@ cluster (kubectl exec POD -c plugin-barman-cloud -- /cnpg-barman-s3 list):
   wal-restore   fetch one WAL file                    wal-restore FLAGS NAME DESTINATION
   backup        take a base backup                    backup FLAGS
   list          list the base backups and the WAL     list FLAGS
-  verify        read backups and their WAL without      verify FLAGS [BACKUP]
-                restoring them, and check everything
-  retention     delete what the retention policy no  retention FLAGS
+  verify        read backups and their WAL, check     verify FLAGS [BACKUP]
+                everything, without restoring
+  retention     delete what the retention policy no   retention FLAGS
                 longer keeps; --dry-run says what
   restore       restore a base backup into an empty   restore FLAGS DIRECTORY
                 directory, ready for recovery
