@@ -26,6 +26,7 @@
 #   S3_PRIVATE      the same server with a private CA, empty if there is none (https://s3.s3.svc:9443,
 #                   unless S3_ENDPOINT is set)
 #   S3_CA           namespace/name of a Secret with that CA as ca.crt         (default/s3-ca)
+#   CNPG_NAMESPACE  where its operator runs                 (cnpg-system)
 #   E2E_JOBS        tracks at a time                        (3)
 #   E2E_NAMESPACE   prefix of the namespaces, which must not exist; deleted at the end (barman-e2e-TIME)
 #   E2E_LOGS        where logs of a failure go              (bin/e2e-logs)
@@ -47,7 +48,7 @@ S3_PRIVATE=${S3_PRIVATE:-}
 S3_CA=${S3_CA:-default/s3-ca}
 E2E_JOBS=${E2E_JOBS:-3}
 E2E_LOGS=${E2E_LOGS:-bin/e2e-logs}
-operator_namespace=$(sed -n 's/^  namespace: //p' deploy.yaml | head -1)
+operator_namespace=${CNPG_NAMESPACE:-cnpg-system}
 run_id=$(date -u +%Y%m%d%H%M%S)
 E2E_NAMESPACE=${E2E_NAMESPACE:-barman-e2e-$run_id}
 plugin=barman-cloud.cloudnative-pg.io
@@ -202,10 +203,11 @@ verified() { # verified STORE SERVER: every backup and all WAL since the first o
   say "    verify $2: $(tail -n 1 <<<"$words")"
 }
 
+manifest() { make -s deploy-manifest NAMESPACE="$operator_namespace" IMAGE="${1:-$image}"; } # manifest [IMAGE]: README's step 2
 deploy() {
   say "    $IMAGE_IMPORT bin/image-amd64.tar"
   $IMAGE_IMPORT bin/image-amd64.tar >/dev/null
-  kubectl apply --server-side --force-conflicts -f deploy.yaml >/dev/null
+  manifest | kubectl apply --server-side --force-conflicts -f - >/dev/null
   # the image keeps its name from build to build, so Pods of an earlier run are replaced
   o rollout restart deploy/barman-cloud >/dev/null
   o rollout status deploy/barman-cloud --timeout 120s >/dev/null

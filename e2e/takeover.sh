@@ -205,7 +205,7 @@ switch_over() {
   # the instances go on while there is no plugin
   sql pg-taken "INSERT INTO item (body) VALUES ('no plugin')"
   archived pg-taken
-  kubectl apply -f deploy.yaml 2>&1 | grep -v "missing the kubectl.kubernetes.io/last-applied" | indent
+  manifest | kubectl apply -f - 2>&1 | grep -v "missing the kubectl.kubernetes.io/last-applied" | indent
   rolled_out
   goes_on "$image"
   [ "$(k get objectstores -o jsonpath='{.items[*].metadata.uid}')" = "$stores" ] || fail "the ObjectStores are not those of before"
@@ -235,7 +235,7 @@ upgrade() {
   local next=${image%:*}:next before
   load_image "$next"
   before=$(primary pg-taken)
-  make -s deploy-manifest IMAGE="$next" | kubectl apply -f - >/dev/null
+  manifest "$next" | kubectl apply -f - >/dev/null
   rolled_out
   wait_for 240 "sidecar $next in every Pod" runs pg-taken "$next"
   healthy pg-taken 2
@@ -244,7 +244,7 @@ upgrade() {
   say "    both Pods run $next; the primary was $before and is $(primary pg-taken)"
   # the plugin's own Pod may be restarted, or changed, without any effect on a cluster
   before=$(k get pods -l cnpg.io/cluster=pg-taken -o jsonpath='{.items[*].metadata.uid}')
-  make -s deploy-manifest IMAGE="$next" | sed 's/--log-level=info/--log-level=debug/' | kubectl apply -f - >/dev/null
+  manifest "$next" | sed 's/--log-level=info/--log-level=debug/' | kubectl apply -f - >/dev/null
   rolled_out
   k annotate cluster pg-taken looked-at=now --overwrite >/dev/null
   sleep 10 # nothing is to happen: there is no condition to wait for
