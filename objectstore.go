@@ -42,6 +42,7 @@ import (
 	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
 	"github.com/aws/aws-sdk-go-v2/aws/ratelimit"
 	"github.com/aws/aws-sdk-go-v2/aws/retry"
+	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/credentials"
@@ -1409,13 +1410,38 @@ const maxParts = 10_000
 
 // Put stores a small object in one request.
 func (s *Store) Put(ctx context.Context, key string, content []byte, o putOptions) error {
-	o.PartSize = max(len(content), minPartSize)
-	w := s.NewWriter(ctx, key, o)
-	if _, err := w.Write(content); err != nil {
-		w.Abort()
-		return err
+	return s.put(ctx, key, bytes.NewReader(content), "", o)
+}
+
+// put stores an object in one request. sum is the SHA-256 of the body in hex where it is
+// known: the server checks what it receives against it, and else the SDK has to read the
+// body once more to compute it.
+func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, sum string, o putOptions) error {
+	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata, Tagging: s.tagging(o)}
+	input.ServerSideEncryption, input.SSEKMSKeyId = s.encryption(o.Data)
+	return s.conditionally(o.IfAbsent, func(condition *string) error {
+		if _, err := body.Seek(0, io.SeekStart); err != nil {
+			return err
+		}
+		input.IfNoneMatch, input.Body = condition, body
+		_, err := s.client.PutObject(ctx, input, withPayloadSum(sum))
+		return s.wrap("put", key, err)
+	})
+}
+
+// withPayloadSum spares the SDK the computation of the SHA-256 that it signs, if it is known.
+func withPayloadSum(sum string) func(*s3.Options) {
+	return func(o *s3.Options) {
+		if sum == "" {
+			return
+		}
+		o.APIOptions = append(o.APIOptions, func(stack *middleware.Stack) error {
+			return stack.Initialize.Add(middleware.InitializeMiddlewareFunc("KnownPayloadSHA256",
+				func(ctx context.Context, in middleware.InitializeInput, next middleware.InitializeHandler) (middleware.InitializeOutput, middleware.Metadata, error) {
+					return next.HandleInitialize(v4.SetPayloadHash(ctx, sum), in)
+				}), middleware.Before)
+		})
 	}
-	return w.Close()
 }
 
 // NewWriter starts writing an object. The writer must be ended by Close, after which
@@ -1551,13 +1577,7 @@ func (w *objectWriter) Close() (err error) {
 		if err := w.throttle(w.part.size); err != nil {
 			return err
 		}
-		input := &s3.PutObjectInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, Tagging: w.store.tagging(w.o)}
-		input.ServerSideEncryption, input.SSEKMSKeyId = w.store.encryption(w.o.Data)
-		return w.conditionally(func(condition *string) error {
-			input.IfNoneMatch, input.Body = condition, io.NewSectionReader(w.part, 0, int64(w.part.size))
-			_, err := w.store.client.PutObject(w.ctx, input)
-			return w.store.wrap("put", w.key, err)
-		})
+		return w.store.put(w.ctx, w.key, io.NewSectionReader(w.part, 0, int64(w.part.size)), "", w.o)
 	}
 	if w.part.size > 0 {
 		if err := w.flush(); err != nil {
@@ -1568,7 +1588,7 @@ func (w *objectWriter) Close() (err error) {
 	if err := context.Cause(w.ctx); err != nil {
 		return err
 	}
-	err = w.conditionally(func(condition *string) error {
+	err = w.store.conditionally(w.o.IfAbsent, func(condition *string) error {
 		_, err := w.store.client.CompleteMultipartUpload(w.ctx, &s3.CompleteMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key,
 			UploadId: w.uploadID, IfNoneMatch: condition, MultipartUpload: &s3types.CompletedMultipartUpload{Parts: w.parts}})
 		return w.store.wrap("complete multipart upload of", w.key, err)
@@ -1591,8 +1611,8 @@ const maxRefusals = 3
 
 // conditionally sends a request with If-None-Match where that was asked for, and without
 // it to a server that does not have it.
-func (w *objectWriter) conditionally(send func(condition *string) error) error {
-	if refused := &w.store.conditionsRefused; w.o.IfAbsent && refused.Load() < maxRefusals {
+func (s *Store) conditionally(ifAbsent bool, send func(condition *string) error) error {
+	if refused := &s.conditionsRefused; ifAbsent && refused.Load() < maxRefusals {
 		if err := send(aws.String("*")); !errors.Is(err, errUnsupported) {
 			refused.Store(0)
 			return err
@@ -2000,7 +2020,7 @@ func newZstdWriter(w io.Writer, level int) (io.WriteCloser, error) {
 		z.Reset(w)
 		return &zstdWriter{z, pool}, nil
 	}
-	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(speed), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(zstdWindow))
+	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(speed), zstd.WithEncoderConcurrency(2), zstd.WithWindowSize(zstdWindow))
 	if err != nil {
 		return nil, err
 	}

@@ -362,28 +362,37 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		listing.Go(func() { there, listErr = walObjects(ctx, s, name.Name, false) })
 	}
 
+	key := s.walPrefix(name.Name) + codec.suffix
 	o := putOptions{IfAbsent: name.Kind != walPartial, History: name.Kind == walHistory, PartSize: walSinglePart, Memory: walBuffers, Metadata: map[string]string{}}
 	var sum string
-	if size > walSinglePut { // parts are sent before the end of the file is seen, and S3 wants metadata first
+	// Parts are sent before the end of the file is seen, and S3 wants metadata first. A file
+	// that is sent as it is, in one request, is read twice rather than kept in memory.
+	parts, asIs := size > walSinglePut, codec.name == "" && size <= walSinglePut
+	if parts || asIs {
 		if sum, err = sumFile(f); err != nil {
 			return err
 		}
-		o.PartSize, o.Workers, o.Metadata[contentSum] = walPartSize, walWorkers, sum
+		o.Metadata[contentSum] = sum
 	}
-	key := s.walPrefix(name.Name) + codec.suffix
+	if parts {
+		o.PartSize, o.Workers = walPartSize, walWorkers
+	}
 	w := s.NewWriter(ctx, key, o)
 	defer w.Abort()
-	read, err := compressFile(w, f, codec, s.walArchive.CompressionLevel)
+	send, stored := w.Close, &w.size
+	if asIs {
+		send, stored = func() error { return s.put(ctx, key, io.NewSectionReader(f, 0, size), sum, o) }, &size
+	} else {
+		read, err := compressFile(w, f, codec, s.walArchive.CompressionLevel)
+		if err != nil {
+			return err
+		}
+		if parts && sum != read {
+			return fmt.Errorf("%s changed while it was being read", file)
+		}
+		sum, o.Metadata[contentSum] = read, read
+	}
 	compressed()
-	if err != nil {
-		return err
-	}
-	if sum == "" {
-		sum = read
-		o.Metadata[contentSum] = sum
-	} else if sum != read {
-		return fmt.Errorf("%s changed while it was being read", file)
-	}
 
 	if listing.Wait(); listErr != nil {
 		return listErr
@@ -396,7 +405,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		slog.Info("WAL file was in the archive already, with the same content", "walName", name.Name)
 		return nil
 	}
-	if err := w.Close(); err != nil {
+	if err := send(); err != nil {
 		if name.Kind == walPartial || ctx.Err() != nil {
 			return err
 		}
@@ -414,7 +423,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
 		slog.Debug("posix_fadvise failed", "file", file, "error", err)
 	}
-	slog.Info("Archived WAL file", "walName", name.Name, "object", s.URL(key), "bytes", size, "stored", w.size,
+	slog.Info("Archived WAL file", "walName", name.Name, "object", s.URL(key), "bytes", size, "stored", *stored,
 		"seconds", time.Since(start).Seconds())
 	return nil
 }
@@ -1065,15 +1074,20 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 	if err != nil {
 		return nil, 0, err
 	}
-	content := bufio.NewReader(io.LimitReader(z, maxWALFile+1))
+	// One core decompresses, another one sums and writes, in large pieces.
+	decompressed, pipe := io.Pipe()
+	var decompression sync.WaitGroup
+	decompression.Go(func() {
+		_, err := io.CopyBuffer(struct{ io.Writer }{pipe}, struct{ io.Reader }{io.LimitReader(z, maxWALFile+1)}, make([]byte, copyBufferSize))
+		pipe.CloseWithError(err) // nil is the end of the file
+	})
+	defer decompression.Wait()
+	defer decompressed.Close()
+	content := bufio.NewReaderSize(decompressed, copyBufferSize)
 	first, _ := content.Peek(walLongHeaderSize) // less than that is told by Copy
 	header = slices.Clone(first)
 	summed := &sumWriter{w, sha256.New()}
-	pieces := bufio.NewWriterSize(summed, copyBufferSize) // large ones, worth another core
-	size, err = io.Copy(pieces, content)
-	if err == nil {
-		err = pieces.Flush()
-	}
+	size, err = io.CopyBuffer(summed, struct{ io.Reader }{content}, make([]byte, copyBufferSize))
 	switch {
 	case err != nil:
 		return nil, 0, err
