@@ -59,8 +59,9 @@ no_such_server() {
   apply examples/object-stores.yaml
   apply examples/restore.yaml 's/pg-restored/pg-nobody/; s/serverName: pg-main/serverName: nobody/'
   wait_for 120 "restore that fails" restore_failed
-  k logs -l cnpg.io/cluster=pg-nobody --all-containers --tail=-1 | grep -oE '"error":"([^"\\]|\\.)*nobody([^"\\]|\\.)*"' | tail -1 | sed 's/^/          /' |
-    grep . || fail "no log names the server name that is not there"
+  restore_failed | sed 's/^/          /'
   k delete cluster pg-nobody >/dev/null
 }
-restore_failed() { k logs -l cnpg.io/cluster=pg-nobody --all-containers --tail=-1 | grep '"error":' | grep -q nobody; }
+restore_failed() { # and says so; not every container of its Pods has a log at any time
+  { k logs -l cnpg.io/cluster=pg-nobody --all-containers --tail=-1 || true; } | grep -oE '"error":"([^"\\]|\\.)*nobody([^"\\]|\\.)*"' | tail -1 | grep .
+}

@@ -62,7 +62,7 @@ image=$(sed -n 's/^ *image: //p' deploy.yaml | head -1)
 began=$(date +%s)
 track=
 say() { printf '%4d s  %-8s  %s\n' "$(($(date +%s) - began))" "$track" "$*"; }
-fail() { say "    FAILED: $*"; return 1; }
+fail() { say "    FAILED: $*" | tee -a "$failures"; return 1; }
 indent() { sed "s/^/        $(printf '%-8s' "$track")      /"; }
 k() { kubectl -n "$namespace" "$@"; }
 o() { kubectl -n "$operator_namespace" "$@"; }
@@ -238,7 +238,7 @@ case_() { # case_ WHAT FUNCTION
   t0=$(date +%s)
   say "--- $1"
   # in the background, so that an interruption does not have to wait for it
-  (set -e; "$2") &
+  (set -eE; trap 'say "      at ${BASH_SOURCE[0]}:$LINENO: $BASH_COMMAND" | cut -c1-300 >>"$failures"' ERR; "$2") &
   running=$!
   wait "$running" || status=$?
   running=
@@ -249,7 +249,7 @@ case_() { # case_ WHAT FUNCTION
     echo failed >>"$results"
     broken=1
     collect "$track-$2" >"$E2E_LOGS/$track.report" 2>&1 || true
-    say "    FAILED: $1 ($(($(date +%s) - t0)) s)"
+    say "    FAILED: $1 ($(($(date +%s) - t0)) s)" | tee -a "$failures"
     cat "$E2E_LOGS/$track.report"
   fi
 }
@@ -270,7 +270,7 @@ run_track() { # run_track NAME: in a namespace of its own
 for name; do declare -F "track_$name" >/dev/null || { echo "run.sh: there is no track $name" >&2; exit 2; }; done
 rm -rf "$E2E_LOGS"
 mkdir -p "$E2E_LOGS"
-results=$(mktemp)
+results=$(mktemp) failures=$(mktemp)
 tracks=()
 cleanup() { # nothing of a run goes on after it, not even when it is interrupted
   status=$?
@@ -279,7 +279,7 @@ cleanup() { # nothing of a run goes on after it, not even when it is interrupted
   for name in "$@"; do
     [ -n "${E2E_KEEP:-}" ] || kubectl delete namespace "$E2E_NAMESPACE-$name" --ignore-not-found --wait=false >/dev/null || true
   done
-  rm -f "$results"
+  rm -f "$results" "$failures"
   exit "$status"
 }
 # shellcheck disable=SC2064
@@ -301,6 +301,7 @@ done
 wait
 case " $* " in *" takeover "*) start_track takeover; wait ;; esac
 
+cat "$failures" # once more, where it is found
 count() { grep -c "^$1$" "$results" || true; }
 skipped=$(count skipped)
 echo "$(count passed) passed, $(count failed) failed$([ "$skipped" = 0 ] || echo ", $skipped skipped") in $(($(date +%s) - began)) s"
