@@ -8,6 +8,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"compress/bzip2"
@@ -618,6 +619,9 @@ const (
 	cleanupTimeout = 30 * time.Second // for work that follows a cancellation
 )
 
+// connBuffer is the size of each buffer of a connection.
+const connBuffer = 64 << 10
+
 // Store reads and writes the objects of one server in one bucket. It is safe for
 // concurrent use.
 type Store struct {
@@ -730,7 +734,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 			if err != nil {
 				return nil, err
 			}
-			return &stallConn{Conn: conn, read: stall, write: writeStall}, nil
+			return &stallConn{Conn: conn, in: bufio.NewReaderSize(conn, connBuffer), read: stall, write: writeStall}, nil
 		}
 		t.TLSClientConfig.VerifyConnection = func(c tls.ConnectionState) error { // once it has been verified
 			s.certificateEnd.Store(c.PeerCertificates[0].NotAfter.Unix())
@@ -738,7 +742,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		}
 		t.ForceAttemptHTTP2 = false // parallel parts want connections of their own
 		t.MaxIdleConnsPerHost = 64
-		t.WriteBufferSize, t.ReadBufferSize = 64<<10, 64<<10
+		t.WriteBufferSize, t.ReadBufferSize = connBuffer, connBuffer
 	})
 	options := []func(*config.LoadOptions) error{config.WithHTTPClient(httpClient)}
 	if profile := anyArg(s, func(a *commandArgs) string { return a.Profile }); profile != "" {
@@ -795,17 +799,21 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 	}), nil
 }
 
-// stallConn breaks a connection on which a read or a write makes no progress.
+// stallConn breaks a connection on which a read or a write makes no progress. It reads ahead,
+// since TLS would ask the kernel for one record of 16 KiB after the other.
 type stallConn struct {
 	net.Conn
+	in          *bufio.Reader
 	read, write time.Duration
 }
 
 func (c *stallConn) Read(b []byte) (int, error) {
-	if err := c.SetReadDeadline(time.Now().Add(c.read)); err != nil {
-		return 0, err
+	if c.in.Buffered() == 0 {
+		if err := c.SetReadDeadline(time.Now().Add(c.read)); err != nil {
+			return 0, err
+		}
 	}
-	return c.Conn.Read(b)
+	return c.in.Read(b)
 }
 
 func (c *stallConn) Write(b []byte) (int, error) {
@@ -1324,9 +1332,41 @@ func sleep(ctx context.Context, d time.Duration) error {
 // it has, not for the size it might reach.
 const chunkSize = 256 << 10
 
-// partBuffer collects the bytes of one part or of one small object. Its memory is mapped
-// by itself: the garbage collector, which lets a heap grow by half before it looks at it,
-// neither counts nor keeps it.
+// chunks are the memory of all part buffers. It is mapped by itself: the garbage collector,
+// which lets a heap grow by half before it looks at it, neither counts nor keeps it. A chunk
+// is used again, since the first touch of fresh memory costs more than to copy into it, and
+// when the last one is given back, all are unmapped.
+var chunks struct {
+	mu    sync.Mutex
+	free  [][]byte
+	inUse int
+}
+
+func takeChunk() (chunk []byte, err error) {
+	chunks.mu.Lock()
+	defer chunks.mu.Unlock()
+	if n := len(chunks.free); n > 0 {
+		chunk, chunks.free = chunks.free[n-1], chunks.free[:n-1]
+	} else if chunk, err = unix.Mmap(-1, 0, chunkSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE); err != nil {
+		return nil, fmt.Errorf("memory for a buffer: %w", err)
+	}
+	chunks.inUse++
+	return chunk, nil
+}
+
+func giveChunks(back [][]byte) {
+	chunks.mu.Lock()
+	defer chunks.mu.Unlock()
+	chunks.free = append(chunks.free, back...)
+	if chunks.inUse -= len(back); chunks.inUse == 0 {
+		for _, c := range chunks.free {
+			unix.Munmap(c) // which cannot fail
+		}
+		chunks.free = nil
+	}
+}
+
+// partBuffer collects the bytes of one part or of one small object.
 type partBuffer struct {
 	mu     sync.RWMutex // a request that was given up may still read while the buffer is freed
 	chunks [][]byte
@@ -1343,12 +1383,12 @@ func (b *partBuffer) write(ctx context.Context, p []byte) error {
 					return context.Cause(ctx)
 				}
 			}
-			chunk, err := unix.Mmap(-1, 0, chunkSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+			chunk, err := takeChunk()
 			if err != nil {
 				if b.budget != nil {
 					b.budget.Release(chunkSize)
 				}
-				return fmt.Errorf("memory for a buffer: %w", err)
+				return err
 			}
 			b.chunks = append(b.chunks, chunk)
 		}
@@ -1381,11 +1421,9 @@ func (b *partBuffer) ReadAt(p []byte, off int64) (int, error) {
 func (b *partBuffer) free() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, c := range b.chunks {
-		unix.Munmap(c) // which cannot fail
-		if b.budget != nil {
-			b.budget.Release(chunkSize)
-		}
+	giveChunks(b.chunks)
+	if b.budget != nil {
+		b.budget.Release(int64(len(b.chunks)) * chunkSize)
 	}
 	b.chunks, b.size = nil, 0
 }
@@ -1413,28 +1451,28 @@ func (s *Store) Put(ctx context.Context, key string, content []byte, o putOption
 	return s.put(ctx, key, bytes.NewReader(content), "", o)
 }
 
-// put stores an object in one request. sum is the SHA-256 of the body in hex where it is
-// known: the server checks what it receives against it, and else the SDK has to read the
-// body once more to compute it.
+// put stores an object in one request. sum is the SHA-256 of the body in hex where it is known.
 func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, sum string, o putOptions) error {
 	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata, Tagging: s.tagging(o)}
 	input.ServerSideEncryption, input.SSEKMSKeyId = s.encryption(o.Data)
+	var options []func(*s3.Options)
+	// Without TLS the SDK signs the SHA-256 of the body, and reads it once more for that.
+	if sum != "" && strings.HasPrefix(s.Config.Configuration.EndpointURL, "http:") {
+		options = append(options, withPayloadSum(sum))
+	}
 	return s.conditionally(o.IfAbsent, func(condition *string) error {
 		if _, err := body.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
 		input.IfNoneMatch, input.Body = condition, body
-		_, err := s.client.PutObject(ctx, input, withPayloadSum(sum))
+		_, err := s.client.PutObject(ctx, input, options...)
 		return s.wrap("put", key, err)
 	})
 }
 
-// withPayloadSum spares the SDK the computation of the SHA-256 that it signs, if it is known.
+// withPayloadSum tells the SDK the SHA-256 of the body that it is to sign.
 func withPayloadSum(sum string) func(*s3.Options) {
 	return func(o *s3.Options) {
-		if sum == "" {
-			return
-		}
 		o.APIOptions = append(o.APIOptions, func(stack *middleware.Stack) error {
 			return stack.Initialize.Add(middleware.InitializeMiddlewareFunc("KnownPayloadSHA256",
 				func(ctx context.Context, in middleware.InitializeInput, next middleware.InitializeHandler) (middleware.InitializeOutput, middleware.Metadata, error) {

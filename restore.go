@@ -822,14 +822,19 @@ func (p progressReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// endReader notices when its reader was asked for more than there was.
+// endReader notices when its reader was asked for more than there was. It fills what it is
+// given, so that files are written in large pieces.
 type endReader struct {
 	r     io.Reader
 	ended bool
 }
 
-func (e *endReader) Read(b []byte) (int, error) {
-	n, err := e.r.Read(b)
+func (e *endReader) Read(b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var more int
+		more, err = e.r.Read(b[n:])
+		n += more
+	}
 	if n > 0 && err == io.EOF {
 		err = nil // it is said again by the next Read
 	}
