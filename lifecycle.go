@@ -221,20 +221,29 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 	lifecycle.RegisterOperatorLifecycleServer(server, operatorLifecycle{operator: o})
 	reconciler.RegisterReconcilerHooksServer(server, reconcilerHooks{operator: o})
 
-	background.Go(func() {
-		<-ctx.Done()
-		o.queue.ShutDown()
-		// Handlers answer within milliseconds; whoever holds on longer is cut off.
-		hardStop := time.AfterFunc(5*time.Second, server.Stop)
-		defer hardStop.Stop()
-		server.GracefulStop()
-	})
+	context.AfterFunc(ctx, o.queue.ShutDown)
 	slog.Info("Serving the CloudNativePG operator", "address", listener.Addr().String(),
 		"version", version, "sidecarImage", o.sidecarImage)
-	if err := server.Serve(listener); err != nil {
+	// Handlers answer within milliseconds; whoever holds on longer is cut off.
+	if err := serveGRPC(ctx, server, listener, 5*time.Second); err != nil {
 		return fmt.Errorf("serve gRPC: %w", err)
 	}
 	return nil
+}
+
+// serveGRPC serves until ctx ends; then requests in flight may go on for the grace.
+func serveGRPC(ctx context.Context, server *grpc.Server, listener net.Listener, grace time.Duration) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var stopped sync.WaitGroup
+	defer stopped.Wait()
+	defer cancel()
+	stopped.Go(func() {
+		<-ctx.Done()
+		hard := time.AfterFunc(grace, server.Stop)
+		defer hard.Stop()
+		server.GracefulStop()
+	})
+	return server.Serve(listener)
 }
 
 // recoverPanics turns a panic in a handler into an error of that one call.

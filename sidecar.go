@@ -113,15 +113,13 @@ func runSidecar(ctx context.Context, args []string) error {
 // serveSidecar answers CNPG-I requests on a unix socket until ctx ends. Then backups are
 // cancelled (they clean up and record that they failed), and WAL files in flight may finish.
 func serveSidecar(ctx context.Context, socket string, walFiles *walService) error {
-	source, instance, pgdata := walFiles.source, walFiles.instance, walFiles.pgdata
+	source, instance, pgdata, report := walFiles.source, walFiles.instance, walFiles.pgdata, walFiles.report
 	// A socket left behind by a killed predecessor would refuse connections for ever.
 	err := os.Remove(socket)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the stale socket: %w", err)
 	}
-	if err == nil {
-		walFiles.report.killed = true
-	}
+	report.killed = err == nil
 	listener, err := net.Listen("unix", socket)
 	if err != nil {
 		return fmt.Errorf("listen on the plugin socket: %w", err)
@@ -133,29 +131,20 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 		identity.PluginCapability_Service_TYPE_RESTORE_JOB,
 		identity.PluginCapability_Service_TYPE_METRICS))
 	wal.RegisterWALServer(server, walFiles)
-	report := walFiles.report
 	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance, pgdata: pgdata, report: report})
 	restorejob.RegisterRestoreJobHooksServer(server, &restoreJobService{source: source, pgdata: pgdata, report: report})
 	metrics.RegisterMetricsServer(server, &metricsService{source: source, report: report})
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer()) // SERVING from the start
 
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		<-ctx.Done()
-		hard := time.AfterFunc(stopGrace, server.Stop)
-		defer hard.Stop()
-		server.GracefulStop()
-	}()
-	housekeeping := make(chan struct{})
-	keep, end := context.WithCancel(ctx)
-	go func() { defer close(housekeeping); report.housekeep(keep, instance) }()
-	defer func() { end(); <-housekeeping }()
+	ctx, cancel := context.WithCancel(ctx)
+	var housekeeping sync.WaitGroup
+	defer housekeeping.Wait()
+	defer cancel()
+	housekeeping.Go(func() { report.housekeep(ctx, instance) })
 	slog.Info("Serving", "socket", socket, "pgdata", pgdata, "version", version)
-	if err := server.Serve(listener); err != nil {
+	if err := serveGRPC(ctx, server, listener, stopGrace); err != nil {
 		return fmt.Errorf("serve %s: %w", socket, err)
 	}
-	<-stopped
 	return nil
 }
 
