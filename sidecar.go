@@ -35,6 +35,7 @@ import (
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -1559,8 +1560,20 @@ type objectWatch struct {
 // firstRequestTimeout bounds the request that comes before a watch.
 const firstRequestTimeout = 15 * time.Second
 
-// get returns an object as it is now. Its errors wrap errNoObject, errForbidden or errTransient.
-func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResource, kind, name string) (*unstructured.Unstructured, error) {
+// get reads an object as it is now. Its errors wrap errNoObject, errForbidden or errTransient.
+func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResource, kind, name string, into any) error {
+	u, err := k.followed(ctx, resource, kind, name)
+	if err != nil {
+		return err
+	}
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, into); err != nil {
+		return fmt.Errorf("%s %s/%s: %w", kind, k.namespace, name, err)
+	}
+	return nil
+}
+
+// followed returns what the watch of an object knows, and begins it when there is none.
+func (k *kubeSource) followed(ctx context.Context, resource schema.GroupVersionResource, kind, name string) (*unstructured.Unstructured, error) {
 	key := watchKey{resource, name}
 	k.mu.Lock()
 	w, ok := k.watches[key]
@@ -1572,11 +1585,12 @@ func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResour
 
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	absent := fmt.Errorf("%s %s/%s: %w: create it, or correct its name where it is referred to", kind, k.namespace, name, errNoObject)
 	if w.store != nil && w.synced() {
 		if o, ok, _ := w.store.GetByKey(k.namespace + "/" + name); ok {
 			return o.(*unstructured.Unstructured), nil
 		}
-		return nil, fmt.Errorf("%s %s/%s: %w: create it, or correct its name where it is referred to", kind, k.namespace, name, errNoObject)
+		return nil, absent
 	}
 	// Ask directly first: a watch would hide a missing object or permission behind its retries.
 	ctx, cancel := context.WithTimeout(ctx, firstRequestTimeout)
@@ -1585,7 +1599,7 @@ func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResour
 	switch {
 	case err == nil:
 	case apierrors.IsNotFound(err):
-		return nil, fmt.Errorf("%s %s/%s: %w: create it, or correct its name where it is referred to", kind, k.namespace, name, errNoObject)
+		return nil, absent
 	case apierrors.IsForbidden(err):
 		return nil, fmt.Errorf("%s %s/%s: %w to the Pod's service account: the plugin's Deployment grants it in a Role; is it running, and does it know of this reference? (%w)",
 			kind, k.namespace, name, errForbidden, err)
@@ -1596,29 +1610,17 @@ func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResour
 	}
 	w.first = o
 	if w.store == nil {
-		k.follow(w, resource, name)
+		i := informer(k.client.Resource(resource).Namespace(k.namespace),
+			metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()})
+		w.store, w.synced = i.GetStore(), i.HasSynced
+		go i.RunWithContext(k.life)
 	}
 	return o, nil
-}
-
-// follow starts the watch of one object, for the life of the source.
-func (k *kubeSource) follow(w *objectWatch, resource schema.GroupVersionResource, name string) {
-	i := informer(k.client.Resource(resource).Namespace(k.namespace),
-		metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()})
-	w.store, w.synced = i.GetStore(), i.HasSynced
-	go i.RunWithContext(k.life)
 }
 
 func (k *kubeSource) objectStore(ctx context.Context, name string) (*ObjectStore, error) {
-	u, err := k.get(ctx, objectStores, "ObjectStore", name)
-	if err != nil {
-		return nil, err
-	}
 	o := &ObjectStore{}
-	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, o); err != nil {
-		return nil, fmt.Errorf("ObjectStore %s/%s: %w", k.namespace, name, err)
-	}
-	return o, nil
+	return o, k.get(ctx, objectStores, "ObjectStore", name, o)
 }
 
 func (k *kubeSource) Store(ctx context.Context, ref StoreRef) (*Store, error) {
@@ -1630,13 +1632,9 @@ func (k *kubeSource) Store(ctx context.Context, ref StoreRef) (*Store, error) {
 		if ca := o.Spec.Configuration.EndpointCA; ca != nil && *ca == sel {
 			return os.ReadFile(filepath.Join(certificatesDirectory, o.Name, "barman-ca.crt"))
 		}
-		u, err := k.get(ctx, secrets, "Secret", sel.Name)
-		if err != nil {
-			return nil, err
-		}
 		s := &corev1.Secret{}
-		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, s); err != nil {
-			return nil, fmt.Errorf("Secret %s/%s: %w", k.namespace, sel.Name, err)
+		if err := k.get(ctx, secrets, "Secret", sel.Name, s); err != nil {
+			return nil, err
 		}
 		return secretKey(s, sel)
 	})
@@ -1648,10 +1646,7 @@ func (k *kubeSource) Store(ctx context.Context, ref StoreRef) (*Store, error) {
 
 func (k *kubeSource) Status(ctx context.Context, objectStore string) (ObjectStoreStatus, error) {
 	o, err := k.objectStore(ctx, objectStore)
-	if err != nil {
-		return ObjectStoreStatus{}, err
-	}
-	return o.Status, nil
+	return o.Status, err
 }
 
 // UpdateStatus writes what has changed of one server by a merge patch of its own keys:
@@ -1661,12 +1656,9 @@ func (k *kubeSource) UpdateStatus(ctx context.Context, ref StoreRef, change func
 	if err != nil {
 		return err
 	}
-	own := func(w RecoveryWindow, s ServerStatus) (m map[string]any, err error) {
-		text, err := json.Marshal(ObjectStoreStatus{ServerRecoveryWindow: map[string]RecoveryWindow{ref.ServerName: w}, Servers: map[string]ServerStatus{ref.ServerName: s}})
-		if err == nil {
-			err = json.Unmarshal(text, &m)
-		}
-		return m, err
+	own := func(w RecoveryWindow, s ServerStatus) ([]byte, error) {
+		return json.Marshal(map[string]any{"status": ObjectStoreStatus{
+			ServerRecoveryWindow: map[string]RecoveryWindow{ref.ServerName: w}, Servers: map[string]ServerStatus{ref.ServerName: s}}})
 	}
 	w, server := st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName]
 	before, err := own(w, server)
@@ -1678,55 +1670,21 @@ func (k *kubeSource) UpdateStatus(ctx context.Context, ref StoreRef, change func
 	if err != nil {
 		return err
 	}
-	patch := mergePatch(before, after)
-	if len(patch) == 0 {
-		return nil
-	}
-	text, err := json.Marshal(map[string]any{"status": patch})
-	if err != nil {
+	patch, err := jsonpatch.CreateMergePatch(before, after)
+	if err != nil || string(patch) == "{}" {
 		return err
 	}
-	if _, err = k.client.Resource(objectStores).Namespace(k.namespace).Patch(ctx, ref.ObjectStore, types.MergePatchType, text,
+	if _, err = k.client.Resource(objectStores).Namespace(k.namespace).Patch(ctx, ref.ObjectStore, types.MergePatchType, patch,
 		metav1.PatchOptions{}, "status"); err != nil {
 		return fmt.Errorf("write the status of server %s into ObjectStore %s/%s: %w", ref.ServerName, k.namespace, ref.ObjectStore, err)
 	}
 	return nil
 }
 
-// mergePatch is the JSON merge patch (RFC 7386) that makes one object into another; empty when they are equal.
-func mergePatch(from, to map[string]any) map[string]any {
-	patch := map[string]any{}
-	for k, v := range to {
-		old, wasObject := from[k].(map[string]any)
-		object, isObject := v.(map[string]any)
-		switch {
-		case wasObject && isObject:
-			if p := mergePatch(old, object); len(p) > 0 {
-				patch[k] = p
-			}
-		case !reflect.DeepEqual(from[k], v):
-			patch[k] = v
-		}
-	}
-	for k := range from {
-		if _, ok := to[k]; !ok {
-			patch[k] = nil
-		}
-	}
-	return patch
-}
-
 // ownCluster is the Cluster that this Pod belongs to, as it was last seen.
 func (k *kubeSource) ownCluster(ctx context.Context) (*Cluster, error) {
-	u, err := k.get(ctx, k.group.WithResource("clusters"), "Cluster", k.cluster)
-	if err != nil {
-		return nil, err
-	}
 	c := &Cluster{}
-	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, c); err != nil {
-		return nil, fmt.Errorf("Cluster %s/%s: %w", k.namespace, k.cluster, err)
-	}
-	return c, nil
+	return c, k.get(ctx, k.group.WithResource("clusters"), "Cluster", k.cluster, c)
 }
 
 // Tell writes an Event on the Cluster. CloudNativePG's own Role for the instances admits it.
