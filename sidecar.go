@@ -216,13 +216,17 @@ type report struct {
 	findings map[findingKey]*finding
 	archive  StoreRef // where the last WAL file went
 	lastWAL  string
-	lastTime time.Time
+	done     archivingDone
 	written  time.Time // when the progress was
 
 	killed bool // the predecessor in this Pod was, and nobody has heard of it yet
+}
 
-	files, failures, bytes int64 // for the metrics
+// archivingDone is what this sidecar has done since it began.
+type archivingDone struct {
+	files, failures, bytes int64
 	seconds                float64
+	lastTime               *metav1.Time // of the last file that was archived
 }
 
 type findingKey struct {
@@ -278,17 +282,17 @@ func (r *report) archived(cluster *Cluster, at StoreRef, path string, took time.
 	r.found(at, conditionArchiving, "ArchivingFailed", err)
 	info, statErr := os.Stat(path)
 	r.mu.Lock()
-	r.seconds += took.Seconds()
+	r.done.seconds += took.Seconds()
 	if err != nil {
-		r.failures++
+		r.done.failures++
 		r.mu.Unlock()
 		return
 	}
-	r.files++
+	r.done.files++
 	if statErr == nil {
-		r.bytes += info.Size()
+		r.done.bytes += info.Size()
 	}
-	r.archive, r.lastWAL, r.lastTime = at, filepath.Base(path), time.Now()
+	r.archive, r.lastWAL, r.done.lastTime = at, filepath.Base(path), new(metav1.Now())
 	_, conflict := r.findings[findingKey{own, conditionArchiving}]
 	r.mu.Unlock()
 	if conflict {
@@ -428,25 +432,20 @@ func (r *report) fillProgress(at StoreRef, s *ServerStatus) {
 		return
 	}
 	r.written = time.Now()
-	last := metav1.NewTime(r.lastTime)
-	s.LastArchivedWAL, s.LastArchivedTime = r.lastWAL, &last
-	s.OldestWaitingWAL, s.OldestWaitingSince = "", nil
-	if name, since, _ := oldestWaiting(r.pgdata); name != "" {
-		at := metav1.NewTime(since)
-		s.OldestWaitingWAL, s.OldestWaitingSince = name, &at
-	}
+	s.LastArchivedWAL, s.LastArchivedTime = r.lastWAL, r.done.lastTime
+	s.OldestWaitingWAL, s.OldestWaitingSince, _ = oldestWaiting(r.pgdata)
 }
 
 // oldestWaiting is the first WAL file that PostgreSQL has marked as ready to be archived, since when, and how many there are.
-func oldestWaiting(pgdata string) (name string, since time.Time, n int) {
+func oldestWaiting(pgdata string) (name string, since *metav1.Time, n int) {
 	wals := filepath.Join(pgdata, "pg_wal")
 	names, _ := waitingWAL(wals)
 	for _, name := range names {
 		if info, err := os.Stat(filepath.Join(wals, "archive_status", name+".ready")); err == nil {
-			return name, info.ModTime(), len(names)
+			return name, new(metav1.NewTime(info.ModTime())), len(names)
 		}
 	}
-	return "", time.Time{}, 0
+	return "", nil, 0
 }
 
 // ---------------------------------------------------------------------------
@@ -570,13 +569,12 @@ func (r *report) lookForGaps(ctx context.Context, s *Store, ref StoreRef, catalo
 		gaps, missing = append(gaps, t.Gaps...), missing+t.Missing
 	}
 	gaps = gaps[:min(len(gaps), maxGaps)]
+	var gap error
 	if missing > 0 {
-		err = fmt.Errorf("%d WAL segments are missing in %s: %s: a recovery from a backup before a gap ends there; take a base backup now",
+		gap = fmt.Errorf("%d WAL segments are missing in %s: %s: a recovery from a backup before a gap ends there; take a base backup now",
 			missing, s.URL(s.key("wals/")), strings.Join(gaps, ", "))
-	} else {
-		err = nil
 	}
-	r.found(ref, conditionWAL, "WALGap", err)
+	r.found(ref, conditionWAL, "WALGap", gap)
 	return r.source.UpdateStatus(ctx, ref, func(_ *RecoveryWindow, st *ServerStatus) { st.WALGaps, st.MissingWAL = gaps, missing })
 }
 
@@ -685,14 +683,13 @@ const metricPrefix = "barman_cloud_cloudnative_pg_io_"
 
 // measured is what the metrics are made of.
 type measured struct {
-	window                 RecoveryWindow
-	server                 ServerStatus
-	backup                 LastBackup
-	files, failures, bytes int64
-	seconds                float64
-	lastTime, oldest       time.Time
-	waiting                int
-	certificateEnd         int64
+	archivingDone
+	window         RecoveryWindow
+	server         ServerStatus
+	backup         LastBackup
+	oldest         *metav1.Time // of the WAL files that wait
+	waiting        int
+	certificateEnd int64
 }
 
 const counter, gauge = metrics.MetricType_TYPE_COUNTER, metrics.MetricType_TYPE_GAUGE
@@ -719,13 +716,13 @@ var sidecarMetrics = []struct {
 	{"archived_wal_bytes_total", "Bytes of the WAL files that this instance archived, before compression", counter, func(m *measured) float64 { return float64(m.bytes) }},
 	{"archive_failures_total", "Attempts of this instance to archive a WAL file that failed", counter, func(m *measured) float64 { return float64(m.failures) }},
 	{"archive_seconds_total", "Time that this instance spent on archiving WAL files", counter, func(m *measured) float64 { return m.seconds }},
-	{"last_archived_wal_timestamp_seconds", "When this instance last archived a WAL file", gauge, func(m *measured) float64 { return seconds(m.lastTime) }},
+	{"last_archived_wal_timestamp_seconds", "When this instance last archived a WAL file", gauge, func(m *measured) float64 { return unixTime(m.lastTime) }},
 	{"waiting_wal_files", "WAL files of this instance that wait to be archived", gauge, func(m *measured) float64 { return float64(m.waiting) }},
 	{"oldest_waiting_wal_age_seconds", "How long the oldest of them has waited", gauge, func(m *measured) float64 {
-		if m.oldest.IsZero() {
+		if m.oldest == nil {
 			return 0
 		}
-		return time.Since(m.oldest).Seconds()
+		return time.Since(m.oldest.Time).Seconds()
 	}},
 	{"s3_certificate_expiry_timestamp_seconds", "When the TLS certificate of the object store ends", gauge, func(m *measured) float64 { return float64(m.certificateEnd) }},
 }
@@ -741,13 +738,6 @@ const (
 
 func unixTime(t *metav1.Time) float64 {
 	if t == nil {
-		return 0
-	}
-	return float64(t.Unix())
-}
-
-func seconds(t time.Time) float64 {
-	if t.IsZero() {
 		return 0
 	}
 	return float64(t.Unix())
@@ -784,7 +774,7 @@ func (m *metricsService) Collect(ctx context.Context, r *metrics.CollectMetricsR
 	var v measured
 	var statusErr error
 	m.report.mu.Lock()
-	v.files, v.failures, v.bytes, v.seconds, v.lastTime = m.report.files, m.report.failures, m.report.bytes, m.report.seconds, m.report.lastTime
+	v.archivingDone = m.report.done
 	m.report.mu.Unlock()
 	_, v.oldest, v.waiting = oldestWaiting(m.report.pgdata)
 	if ref := cluster.ArchiveStore(); ref != nil {
