@@ -26,7 +26,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -135,11 +134,10 @@ func runOperator(ctx context.Context, args []string) error {
 		}
 		o.namespace = strings.TrimSpace(string(b))
 	}
-	configure := rest.InClusterConfig
+	config, err := rest.InClusterConfig()
 	if *kubeconfig != "" {
-		configure = func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", *kubeconfig) }
+		config, err = clientcmd.BuildConfigFromFlags("", *kubeconfig)
 	}
-	config, err := configure()
 	if err != nil {
 		return fmt.Errorf("configure the Kubernetes client: %w", err)
 	}
@@ -279,13 +277,12 @@ func pluginMetadata() *identity.GetPluginMetadataResponse {
 // pluginIdentity serves the handshake, which comes before each WAL file too: its answers are constants.
 type pluginIdentity struct {
 	identity.UnimplementedIdentityServer
-	metadata     *identity.GetPluginMetadataResponse
-	capabilities *identity.GetPluginCapabilitiesResponse
+	capabilities identity.GetPluginCapabilitiesResponse
 }
 
 // announce is an identity with these services; the caller then asks each for its own capabilities.
 func announce(services ...identity.PluginCapability_Service_Type) *pluginIdentity {
-	i := &pluginIdentity{metadata: pluginMetadata(), capabilities: &identity.GetPluginCapabilitiesResponse{}}
+	i := &pluginIdentity{}
 	for _, s := range services {
 		i.capabilities.Capabilities = append(i.capabilities.Capabilities, &identity.PluginCapability{
 			Type: &identity.PluginCapability_Service_{Service: &identity.PluginCapability_Service{Type: s}},
@@ -294,12 +291,12 @@ func announce(services ...identity.PluginCapability_Service_Type) *pluginIdentit
 	return i
 }
 
-func (i *pluginIdentity) GetPluginMetadata(context.Context, *identity.GetPluginMetadataRequest) (*identity.GetPluginMetadataResponse, error) {
-	return i.metadata, nil
+func (*pluginIdentity) GetPluginMetadata(context.Context, *identity.GetPluginMetadataRequest) (*identity.GetPluginMetadataResponse, error) {
+	return pluginMetadata(), nil
 }
 
 func (i *pluginIdentity) GetPluginCapabilities(context.Context, *identity.GetPluginCapabilitiesRequest) (*identity.GetPluginCapabilitiesResponse, error) {
-	return i.capabilities, nil
+	return &i.capabilities, nil
 }
 
 func (*pluginIdentity) Probe(context.Context, *identity.ProbeRequest) (*identity.ProbeResponse, error) {
@@ -689,10 +686,8 @@ func (o *operator) sidecar(c *Cluster, stores []*ObjectStore, config *InstanceSi
 	if err != nil {
 		return nil, err
 	}
-	yes, no := true, false
-	always := corev1.ContainerRestartPolicyAlways
 	return &corev1.Container{
-		Name: sidecarName, Image: o.sidecarImage, ImagePullPolicy: corev1.PullPolicy(o.imagePullPolicy), RestartPolicy: &always,
+		Name: sidecarName, Image: o.sidecarImage, ImagePullPolicy: corev1.PullPolicy(o.imagePullPolicy), RestartPolicy: new(corev1.ContainerRestartPolicyAlways),
 		Args: slices.Concat([]string{"sidecar", "--log-level=" + cmp.Or(config.LogLevel, "info")}, config.AdditionalContainerArgs),
 		Env:  env, EnvFrom: postgres.EnvFrom, Resources: config.Resources,
 		StartupProbe: &corev1.Probe{
@@ -703,7 +698,7 @@ func (o *operator) sidecar(c *Cluster, stores []*ObjectStore, config *InstanceSi
 		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
 		// No user: the Pod's is postgres, which peer authentication on the socket needs.
 		SecurityContext: &corev1.SecurityContext{
-			AllowPrivilegeEscalation: &no, Privileged: &no, RunAsNonRoot: &yes, ReadOnlyRootFilesystem: &yes,
+			AllowPrivilegeEscalation: new(false), Privileged: new(false), RunAsNonRoot: new(true), ReadOnlyRootFilesystem: new(true),
 			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 			Capabilities:   &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
 		},
@@ -766,9 +761,8 @@ func (o *operator) ensureRBAC(ctx context.Context, c *Cluster, stores []*ObjectS
 	if c.Kind == "" || c.APIVersion == "" || c.UID == "" {
 		return fmt.Errorf("Cluster %s/%s came without apiVersion, kind or uid: cannot own its Role", c.Namespace, c.Name)
 	}
-	yes := true
 	owner := metav1.OwnerReference{
-		APIVersion: c.APIVersion, Kind: c.Kind, Name: c.Name, UID: c.UID, Controller: &yes, BlockOwnerDeletion: &yes,
+		APIVersion: c.APIVersion, Kind: c.Kind, Name: c.Name, UID: c.UID, Controller: new(true), BlockOwnerDeletion: new(true),
 	}
 	name := c.Name + "-barman-cloud"
 	account := cmp.Or(c.Spec.ServiceAccountName, c.Name)
@@ -1240,10 +1234,6 @@ func issue(template *x509.Certificate, parent *tls.Certificate) (*tls.Certificat
 	if err != nil {
 		return nil, fmt.Errorf("make a key: %w", err)
 	}
-	// RFC 5280 4.1.2.2: positive, at most 20 octets, unpredictable.
-	if template.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 159)); err != nil {
-		return nil, fmt.Errorf("make a serial number: %w", err)
-	}
 	signer := tls.Certificate{Leaf: template, PrivateKey: key}
 	if parent != nil {
 		signer = *parent
@@ -1473,32 +1463,29 @@ var errGone = errors.New("deleted meanwhile")
 func ensure[T any, P interface {
 	*T
 	metav1.Object
+	DeepCopy() *T
 }](ctx context.Context, o *operator, gvr schema.GroupVersionResource, known cache.SharedIndexInformer, namespace, name string, mutate func(P) error) error {
 	var err error
 	for attempt := range 5 {
-		var before, after T
-		var found bool
+		before, found := P(new(T)), false
 		if attempt == 0 {
-			found, err = cached(known, namespace, name, &before)
-		} else if err = o.get(ctx, gvr, namespace, name, &before); err == nil {
-			found = true
-		} else if apierrors.IsNotFound(err) {
-			err = nil
+			found, err = cached(known, namespace, name, before)
+		} else {
+			err = o.get(ctx, gvr, namespace, name, before)
+			found = err == nil
 		}
-		if err == nil {
-			err = fromUnstructured(before, &after)
-		}
-		if err != nil {
+		if err != nil && !apierrors.IsNotFound(err) {
 			break
 		}
-		P(&after).SetNamespace(namespace)
-		P(&after).SetName(name)
-		if err = mutate(P(&after)); errors.Is(err, errGone) || err == nil && found && equality.Semantic.DeepEqual(before, after) {
+		after := P(before.DeepCopy())
+		after.SetNamespace(namespace)
+		after.SetName(name)
+		if err = mutate(after); errors.Is(err, errGone) || err == nil && found && equality.Semantic.DeepEqual(before, after) {
 			return nil
 		} else if err != nil {
 			break
 		}
-		if err = o.write(ctx, gvr, !found, P(&after)); err == nil {
+		if err = o.write(ctx, gvr, !found, after); err == nil {
 			slog.Info("Wrote", "resource", gvr.Resource, "namespace", namespace, "name", name)
 			return nil
 		}

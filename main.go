@@ -660,9 +660,6 @@ func runHealthcheck(ctx context.Context, args []string) error {
 
 // binaryPath is how a recovery configuration names this program.
 func binaryPath() string {
-	path, err := os.Executable()
-	if err != nil {
-		return os.Args[0]
-	}
-	return path
+	path, _ := os.Executable()
+	return cmp.Or(path, os.Args[0])
 }
