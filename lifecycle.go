@@ -165,10 +165,7 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer cancel()
-	synced, err := o.startInformers(ctx, &background, metadataClient)
-	if err != nil {
-		return err
-	}
+	synced := o.startInformers(ctx, &background, metadataClient)
 	o.queue.Add(certificatesKey)
 	background.Go(func() { o.work(ctx) })
 
@@ -437,7 +434,7 @@ func (o *operator) event(ctx context.Context, on corev1.ObjectReference, reason,
 	if last, _ := o.reported.Load(on.UID); last == message {
 		return nil
 	}
-	if err := o.write(ctx, events, true, clusterEvent(on, corev1.EventTypeWarning, reason, message)); err != nil {
+	if err := write(ctx, o.client, events, true, clusterEvent(on, corev1.EventTypeWarning, reason, message)); err != nil {
 		return fmt.Errorf("write the Event %s on Cluster %s/%s: %w", reason, on.Namespace, on.Name, err)
 	}
 	slog.Warn(message, "reason", reason, "namespace", on.Namespace, "cluster", on.Name)
@@ -584,7 +581,10 @@ const (
 // know of the Pod survives.
 func (o *operator) inject(c *Cluster, stores []*ObjectStore, config *InstanceSidecarConfiguration, spec *corev1.PodSpec, at, main string) ([]patchOperation, error) {
 	var patch []patchOperation
-	index := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == main })
+	named := func(list []corev1.Container, name string) int {
+		return slices.IndexFunc(list, func(c corev1.Container) bool { return c.Name == name })
+	}
+	index := named(spec.Containers, main)
 	if index < 0 {
 		return nil, fmt.Errorf("main container not found: no container is called %q", main)
 	}
@@ -623,10 +623,7 @@ func (o *operator) inject(c *Cluster, stores []*ObjectStore, config *InstanceSid
 		sidecar.VolumeMounts = append(sidecar.VolumeMounts, corev1.VolumeMount{Name: certificatesVolume, MountPath: certificatesDirectory})
 	}
 	containers := at + "/initContainers"
-	named := func(name string) int {
-		return slices.IndexFunc(spec.InitContainers, func(c corev1.Container) bool { return c.Name == name })
-	}
-	switch i := named(sidecarName); {
+	switch i := named(spec.InitContainers, sidecarName); {
 	case i >= 0 && sameJSON(spec.InitContainers[i], sidecar):
 	case i >= 0:
 		patch = append(patch, patchOperation{Op: "replace", Path: fmt.Sprintf("%s/%d", containers, i), Value: sidecar})
@@ -636,7 +633,8 @@ func (o *operator) inject(c *Cluster, stores []*ObjectStore, config *InstanceSid
 		// Right behind the container that copies the manager, or first without one: a
 		// later operator bootstraps the instance in an init container, which needs the
 		// sidecar running.
-		patch = append(patch, patchOperation{Op: "add", Path: fmt.Sprintf("%s/%d", containers, named(bootstrapController)+1), Value: sidecar})
+		i = named(spec.InitContainers, bootstrapController) + 1
+		patch = append(patch, patchOperation{Op: "add", Path: fmt.Sprintf("%s/%d", containers, i), Value: sidecar})
 	}
 	return patch, nil
 }
@@ -917,8 +915,9 @@ const conditionReady = "Ready"
 // two versions of the plugin is written once by each, not back and forth.
 func (o *operator) syncStore(ctx context.Context, namespace, name string) error {
 	var store ObjectStore
+	key := namespace + "/" + name
 	if found, err := cached(o.stores, namespace, name, &store); !found || err != nil {
-		delete(o.judged, namespace+"/"+name)
+		delete(o.judged, key)
 		return err
 	}
 	status := &store.Status
@@ -931,7 +930,6 @@ func (o *operator) syncStore(ctx context.Context, namespace, name string) error 
 			basis += " none"
 		}
 	}
-	key := namespace + "/" + name
 	if o.judged[key] == basis {
 		return nil
 	}
@@ -1056,12 +1054,9 @@ type authority struct {
 // The operator trusts all of the server Secret's tls.crt, so this holds the leaf and
 // every CA certificate: a renewed leaf is trusted before the operator has read it.
 func (o *operator) syncCertificates(ctx context.Context) error {
-	server, err := o.secret(ctx, o.namespace, o.serverSecret)
-	if err != nil {
-		return err
-	}
-	client, err := o.secret(ctx, o.namespace, o.clientSecret)
-	if err != nil {
+	server, serverErr := o.secret(ctx, o.namespace, o.serverSecret)
+	client, clientErr := o.secret(ctx, o.namespace, o.clientSecret)
+	if err := cmp.Or(serverErr, clientErr); err != nil {
 		return err
 	}
 	trusted := x509.NewCertPool()
@@ -1279,7 +1274,7 @@ func (o *operator) writePair(ctx context.Context, name, role string, old *corev1
 		corev1.TLSCertKey:       chainPEM(pair.Leaf, behind),
 		corev1.TLSPrivateKeyKey: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
 	}
-	if err := o.write(ctx, secrets, old == nil, s); err != nil {
+	if err := write(ctx, o.client, secrets, old == nil, s); err != nil {
 		return nil, fmt.Errorf("write Secret %s/%s: %w", o.namespace, name, err)
 	}
 	slog.Info("Wrote a certificate", "secret", name, "notAfter", pair.Leaf.NotAfter)
@@ -1314,19 +1309,15 @@ func index[T any](name string, names func(*T) []string) cache.Indexers {
 
 // startInformers watches the ObjectStores, our Roles and RoleBindings, and which Secrets
 // there are in which version. synced says whether all of it is known.
-func (o *operator) startInformers(ctx context.Context, background *sync.WaitGroup, metadataClient metadata.Interface) (synced func() bool, err error) {
+func (o *operator) startInformers(ctx context.Context, background *sync.WaitGroup, metadataClient metadata.Interface) (synced func() bool) {
 	ours := metav1.ListOptions{LabelSelector: clusterLabel}
-	o.stores = informer(o.client.Resource(objectStores), metav1.ListOptions{})
-	o.roles = informer(o.client.Resource(roles), ours)
-	o.bindings = informer(o.client.Resource(roleBindings), ours)
+	o.stores = informer(o.client.Resource(objectStores), metav1.ListOptions{}, index(bySecret, secretsOf))
+	o.roles = informer(o.client.Resource(roles), ours, index(byStore, storesNamed))
+	o.bindings = informer(o.client.Resource(roleBindings), ours, nil)
 	versions := metadataClient.Resource(secrets)
-	o.versions = newInformer(versions.List, versions.Watch, metav1.ListOptions{FieldSelector: "type!=helm.sh/release.v1"}, &metav1.PartialObjectMetadata{})
+	notOfHelm := metav1.ListOptions{FieldSelector: "type!=helm.sh/release.v1"}
+	o.versions = newInformer(versions.List, versions.Watch, notOfHelm, &metav1.PartialObjectMetadata{}, nil)
 	o.judged = map[string]string{}
-	if err := errors.Join(
-		o.roles.AddIndexers(index(byStore, storesNamed)),
-		o.stores.AddIndexers(index(bySecret, secretsOf))); err != nil {
-		return nil, fmt.Errorf("index the Roles and ObjectStores: %w", err)
-	}
 	all := []cache.SharedIndexInformer{o.stores, o.roles, o.bindings, o.versions}
 	synced = func() bool {
 		return !slices.ContainsFunc(all, func(i cache.SharedIndexInformer) bool { return !i.HasSynced() })
@@ -1355,7 +1346,7 @@ func (o *operator) startInformers(ctx context.Context, background *sync.WaitGrou
 			slog.Error("Cannot follow the API server's objects", "error", err)
 		}
 	})
-	return synced, nil
+	return synced
 }
 
 // queueAll puts all objects of one key of an index into the queue.
@@ -1369,14 +1360,16 @@ func (o *operator) queueAll(i cache.SharedIndexInformer, index, key, resource st
 	}
 }
 
-func informer(r dynamic.ResourceInterface, selector metav1.ListOptions) cache.SharedIndexInformer {
-	return newInformer(r.List, r.Watch, selector, &unstructured.Unstructured{})
+func informer(r dynamic.ResourceInterface, selector metav1.ListOptions, indices cache.Indexers) cache.SharedIndexInformer {
+	return newInformer(r.List, r.Watch, selector, &unstructured.Unstructured{}, indices)
 }
 
 // newInformer follows the selected objects. What it keeps of an example that is only
-// metadata is the name and the version.
+// metadata is the name and the version. (client-go's dynamicinformer would do, but it
+// links in the typed clients of all of Kubernetes.)
 func newInformer[L runtime.Object](list func(context.Context, metav1.ListOptions) (L, error),
-	follow func(context.Context, metav1.ListOptions) (watch.Interface, error), selector metav1.ListOptions, example runtime.Object) cache.SharedIndexInformer {
+	follow func(context.Context, metav1.ListOptions) (watch.Interface, error),
+	selector metav1.ListOptions, example runtime.Object, indices cache.Indexers) cache.SharedIndexInformer {
 	selected := func(options metav1.ListOptions) metav1.ListOptions {
 		options.LabelSelector, options.FieldSelector = selector.LabelSelector, selector.FieldSelector
 		return options
@@ -1388,7 +1381,7 @@ func newInformer[L runtime.Object](list func(context.Context, metav1.ListOptions
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
 			return follow(ctx, selected(options))
 		},
-	}, example, 0, cache.Indexers{})
+	}, example, 0, indices)
 	if err := i.SetTransform(func(obj any) (any, error) {
 		switch o := obj.(type) {
 		case *unstructured.Unstructured:
@@ -1485,7 +1478,7 @@ func ensure[T any, P interface {
 		} else if err != nil {
 			break
 		}
-		if err = o.write(ctx, gvr, !found, after); err == nil {
+		if err = write(ctx, o.client, gvr, !found, after); err == nil {
 			slog.Info("Wrote", "resource", gvr.Resource, "namespace", namespace, "name", name)
 			return nil
 		}
@@ -1525,12 +1518,12 @@ func (o *operator) get(ctx context.Context, gvr schema.GroupVersionResource, nam
 
 // write creates an object, or updates it: that fails with a conflict when the object is no
 // longer the one that was read.
-func (o *operator) write(ctx context.Context, gvr schema.GroupVersionResource, create bool, obj metav1.Object) error {
+func write(ctx context.Context, client dynamic.Interface, gvr schema.GroupVersionResource, create bool, obj metav1.Object) error {
 	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(obj)
 	if err != nil {
 		return err
 	}
-	resource, u := o.client.Resource(gvr).Namespace(obj.GetNamespace()), &unstructured.Unstructured{Object: content}
+	resource, u := client.Resource(gvr).Namespace(obj.GetNamespace()), &unstructured.Unstructured{Object: content}
 	if create {
 		_, err = resource.Create(ctx, u, metav1.CreateOptions{FieldManager: fieldManager})
 	} else {

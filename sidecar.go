@@ -76,22 +76,17 @@ func runSidecar(ctx context.Context, args []string) error {
 		return usageError{errors.New("sidecar: where is the data directory? Set --pgdata or PGDATA")}
 	}
 	var source configSource
-	if *manifests != "" {
-		file, err := newFileSource(*manifests)
-		if err != nil {
-			return err
-		}
-		source = file
-	} else {
-		namespace := os.Getenv("NAMESPACE")
-		if namespace == "" {
-			return usageError{errors.New("sidecar: set NAMESPACE to the namespace of the Cluster, or use --objectstore FILE outside Kubernetes")}
-		}
-		kube, err := newKubeSource(ctx, namespace)
-		if err != nil {
-			return err
-		}
-		source = kube
+	var err error
+	switch namespace := os.Getenv("NAMESPACE"); {
+	case *manifests != "":
+		source, err = newFileSource(*manifests)
+	case namespace != "":
+		source, err = newKubeSource(ctx, namespace)
+	default:
+		err = usageError{errors.New("sidecar: set NAMESPACE to the namespace of the Cluster, or use --objectstore FILE outside Kubernetes")}
+	}
+	if err != nil {
+		return err
 	}
 	life, end := context.WithCancel(context.Background()) // longer than ctx: work in flight gets done
 	defer end()
@@ -583,10 +578,7 @@ type backupObject struct {
 	metav1.ObjectMeta `json:"metadata"`
 
 	Spec struct {
-		Cluster struct {
-			Name string `json:"name"`
-		} `json:"cluster"`
-		Method string `json:"method"`
+		Cluster corev1.LocalObjectReference `json:"cluster"`
 	} `json:"spec"`
 	Status struct {
 		Phase          string            `json:"phase"`
@@ -1121,7 +1113,6 @@ func (s *Store) enforceRetention(ctx context.Context, o retentionOptions) (*rete
 			return r, err
 		}
 	}
-	r.Catalog.Backups = slices.Clone(r.Catalog.Backups)
 	for i := range r.Backups {
 		v := &r.Backups[i]
 		if err := refused[s.baseKey(v.ID, backupInfoFile)]; err != nil {
@@ -1196,7 +1187,7 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 	if facts.catalog, err = s.Catalog(ctx); err != nil {
 		return nil, nil, err
 	}
-	r.Catalog = &Catalog{Backups: facts.catalog.Backups, Incomplete: facts.catalog.Incomplete, Unreadable: facts.catalog.Unreadable}
+	r.Catalog = &Catalog{Backups: slices.Clone(facts.catalog.Backups), Incomplete: facts.catalog.Incomplete, Unreadable: facts.catalog.Unreadable}
 	objects, err := s.BackupObjects(ctx, facts.catalog)
 	if err != nil {
 		return nil, nil, err
@@ -1600,8 +1591,8 @@ func (k *kubeSource) followed(ctx context.Context, resource schema.GroupVersionR
 	}
 	w.first = o
 	if w.store == nil {
-		i := informer(k.client.Resource(resource).Namespace(k.namespace),
-			metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()})
+		byName := metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()}
+		i := informer(k.client.Resource(resource).Namespace(k.namespace), byName, nil)
 		w.store, w.synced = i.GetStore(), i.HasSynced
 		go i.RunWithContext(k.life)
 	}
@@ -1683,11 +1674,7 @@ func (k *kubeSource) Tell(ctx context.Context, eventType, reason, message string
 	if err != nil {
 		return err
 	}
-	object, err := runtime.DefaultUnstructuredConverter.ToUnstructured(clusterEvent(c.reference(), eventType, reason, message))
-	if err != nil {
-		return err
-	}
-	if _, err := k.client.Resource(events).Namespace(k.namespace).Create(ctx, &unstructured.Unstructured{Object: object}, metav1.CreateOptions{}); err != nil {
+	if err := write(ctx, k.client, events, true, clusterEvent(c.reference(), eventType, reason, message)); err != nil {
 		return fmt.Errorf("write the Event %s on Cluster %s/%s: %w", reason, k.namespace, k.cluster, err)
 	}
 	return nil
