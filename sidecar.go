@@ -1530,31 +1530,17 @@ func kubeSourceFor(ctx context.Context, c *rest.Config, namespace, cluster strin
 	return &kubeSource{client: client, namespace: namespace, cluster: cluster, group: group, life: ctx, watches: map[watchKey]*objectWatch{}}, nil
 }
 
-// objectWatch follows one object by its name.
+// objectWatch follows one object by its name, once that has been seen.
 type objectWatch struct {
-	mu     sync.Mutex // held while the object is asked for the first time
-	store  cache.Store
-	synced func() bool
-	first  *unstructured.Unstructured // what the first request returned
+	mu    sync.Mutex // held while the object is asked for the first time
+	store cache.Store
 }
 
 // firstRequestTimeout bounds the request that comes before a watch.
 const firstRequestTimeout = 15 * time.Second
 
-// get reads an object as it is now. Its errors wrap errNoObject, errForbidden or errTransient.
+// get reads an object as it was last seen. Its errors wrap errNoObject, errForbidden or errTransient.
 func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResource, kind, name string, into any) error {
-	u, err := k.followed(ctx, resource, kind, name)
-	if err != nil {
-		return err
-	}
-	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, into); err != nil {
-		return fmt.Errorf("%s %s/%s: %w", kind, k.namespace, name, err)
-	}
-	return nil
-}
-
-// followed returns what the watch of an object knows, and begins it when there is none.
-func (k *kubeSource) followed(ctx context.Context, resource schema.GroupVersionResource, kind, name string) (*unstructured.Unstructured, error) {
 	key := watchKey{resource, name}
 	k.mu.Lock()
 	w, ok := k.watches[key]
@@ -1566,37 +1552,48 @@ func (k *kubeSource) followed(ctx context.Context, resource schema.GroupVersionR
 
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	absent := fmt.Errorf("%s %s/%s: %w: create it, or correct its name where it is referred to", kind, k.namespace, name, errNoObject)
-	if w.store != nil && w.synced() {
-		if o, ok, _ := w.store.GetByKey(k.namespace + "/" + name); ok {
-			return o.(*unstructured.Unstructured), nil
-		}
-		return nil, absent
+	var err error
+	if w.store == nil {
+		w.store, err = k.follow(ctx, resource, name)
 	}
-	// Ask directly first: a watch would hide a missing object or permission behind its retries.
+	var object any
+	found := false
+	if err == nil {
+		object, found, err = w.store.GetByKey(k.namespace + "/" + name)
+	}
+	what := fmt.Sprintf("%s %s/%s", kind, k.namespace, name)
+	switch {
+	case apierrors.IsForbidden(err):
+		return fmt.Errorf("%s: %w to the Pod's service account: the plugin's Deployment grants it in a Role; is it running, and does it know of this reference? (%w)",
+			what, errForbidden, err)
+	case err != nil && !apierrors.IsNotFound(err):
+		return fmt.Errorf("%s: %w: ask the Kubernetes API: %w", what, errTransient, err)
+	case !found:
+		return fmt.Errorf("%s: %w: create it, or correct its name where it is referred to", what, errNoObject)
+	}
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(object.(*unstructured.Unstructured).Object, into); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+// follow asks for an object, and from then on watches it for the life of the source. A watch
+// alone would hide a missing object or permission behind its retries.
+func (k *kubeSource) follow(ctx context.Context, resource schema.GroupVersionResource, name string) (cache.Store, error) {
 	ctx, cancel := context.WithTimeout(ctx, firstRequestTimeout)
 	defer cancel()
-	o, err := k.client.Resource(resource).Namespace(k.namespace).Get(ctx, name, metav1.GetOptions{})
-	switch {
-	case err == nil:
-	case apierrors.IsNotFound(err):
-		return nil, absent
-	case apierrors.IsForbidden(err):
-		return nil, fmt.Errorf("%s %s/%s: %w to the Pod's service account: the plugin's Deployment grants it in a Role; is it running, and does it know of this reference? (%w)",
-			kind, k.namespace, name, errForbidden, err)
-	case w.first != nil:
-		return w.first, nil // the watch is not there yet and the API server is away: what we know
-	default:
-		return nil, fmt.Errorf("%s %s/%s: %w: ask the Kubernetes API: %w", kind, k.namespace, name, errTransient, err)
+	client := k.client.Resource(resource).Namespace(k.namespace)
+	first, err := client.Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return nil, err
 	}
-	w.first = o
-	if w.store == nil {
-		byName := metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()}
-		i := informer(k.client.Resource(resource).Namespace(k.namespace), byName, nil)
-		w.store, w.synced = i.GetStore(), i.HasSynced
-		go i.RunWithContext(k.life)
+	byName := metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()}
+	i := informer(client, byName, nil)
+	if err := i.GetStore().Add(first); err != nil { // what is known until the watch is there
+		return nil, err
 	}
-	return o, nil
+	go i.RunWithContext(k.life)
+	return i.GetStore(), nil
 }
 
 func (k *kubeSource) objectStore(ctx context.Context, name string) (*ObjectStore, error) {
