@@ -1330,31 +1330,25 @@ func (o *operator) startInformers(ctx context.Context, background *sync.WaitGrou
 		if !cache.WaitForCacheSync(ctx.Done(), synced) {
 			return
 		}
-		if err := errors.Join(
-			handle(o.roles, func(key string) { o.queue.Add("roles/" + key) }),
-			handle(o.stores, func(key string) {
-				o.queue.Add("objectstores/" + key)
-				o.queueAll(o.roles, byStore, key, "roles/")
-			}),
-			handle(o.versions, func(key string) {
-				if namespace, name, _ := strings.Cut(key, "/"); namespace == o.namespace &&
-					slices.Contains([]string{o.caSecret, o.serverSecret, o.clientSecret}, name) {
-					o.queue.Add(certificatesKey)
-				}
-				o.queueAll(o.stores, bySecret, key, "objectstores/")
-			})); err != nil && ctx.Err() == nil {
-			slog.Error("Cannot follow the API server's objects", "error", err)
-		}
+		handle(o.roles, func(key string) { o.queue.Add("roles/" + key) })
+		handle(o.stores, func(key string) {
+			o.queue.Add("objectstores/" + key)
+			o.queueAll(o.roles, byStore, key, "roles/")
+		})
+		handle(o.versions, func(key string) {
+			if namespace, name, _ := strings.Cut(key, "/"); namespace == o.namespace &&
+				slices.Contains([]string{o.caSecret, o.serverSecret, o.clientSecret}, name) {
+				o.queue.Add(certificatesKey)
+			}
+			o.queueAll(o.stores, bySecret, key, "objectstores/")
+		})
 	})
 	return synced
 }
 
 // queueAll puts all objects of one key of an index into the queue.
 func (o *operator) queueAll(i cache.SharedIndexInformer, index, key, resource string) {
-	affected, err := i.GetIndexer().IndexKeys(index, key)
-	if err != nil {
-		slog.Error("Cannot look up what is affected by a change", "index", index, "object", key, "error", err)
-	}
+	affected, _ := i.GetIndexer().IndexKeys(index, key) // the only error: there is no such index
 	for _, name := range affected {
 		o.queue.Add(resource + name)
 	}
@@ -1382,7 +1376,7 @@ func newInformer[L runtime.Object](list func(context.Context, metav1.ListOptions
 			return follow(ctx, selected(options))
 		},
 	}, example, 0, indices)
-	if err := i.SetTransform(func(obj any) (any, error) {
+	i.SetTransform(func(obj any) (any, error) { // the only error: the informer runs already
 		switch o := obj.(type) {
 		case *unstructured.Unstructured:
 			o.SetManagedFields(nil) // half of a small object, and never read
@@ -1390,23 +1384,19 @@ func newInformer[L runtime.Object](list func(context.Context, metav1.ListOptions
 			o.ObjectMeta = metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, ResourceVersion: o.ResourceVersion}
 		}
 		return obj, nil
-	}); err != nil {
-		panic(err) // only after the informer was started
-	}
+	})
 	return i
 }
 
 // handle calls f with the key of every object that appears, changes or goes.
-func handle(i cache.SharedIndexInformer, f func(key string)) error {
+func handle(i cache.SharedIndexInformer, f func(key string)) {
 	changed := func(obj any) {
 		if key, err := cache.DeletionHandlingMetaNamespaceKeyFunc(obj); err == nil {
 			f(key)
 		}
 	}
-	_, err := i.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc: changed, UpdateFunc: func(_, obj any) { changed(obj) }, DeleteFunc: changed,
-	})
-	return err
+	// The only error: the informer has ended, and with it the operator.
+	i.AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: changed, UpdateFunc: func(_, obj any) { changed(obj) }, DeleteFunc: changed})
 }
 
 // work does what the queue asks for, and again with growing pauses while it fails.
