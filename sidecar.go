@@ -109,7 +109,7 @@ func runSidecar(ctx context.Context, args []string) error {
 // serveSidecar answers CNPG-I requests on a unix socket until ctx ends. Then backups are
 // cancelled (they clean up and record that they failed), and WAL files in flight may finish.
 func serveSidecar(ctx context.Context, socket string, walFiles *walService) error {
-	source, instance, pgdata, report := walFiles.source, walFiles.instance, walFiles.pgdata, walFiles.report
+	source, pgdata, report := walFiles.source, walFiles.pgdata, walFiles.report
 	// A socket left behind by a killed predecessor would refuse connections for ever.
 	err := os.Remove(socket)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -127,7 +127,7 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 		identity.PluginCapability_Service_TYPE_RESTORE_JOB,
 		identity.PluginCapability_Service_TYPE_METRICS))
 	wal.RegisterWALServer(server, walFiles)
-	backup.RegisterBackupServer(server, &backupService{source: source, instance: instance, pgdata: pgdata, report: report})
+	backup.RegisterBackupServer(server, &backupService{source: source, instance: walFiles.instance, pgdata: pgdata, report: report})
 	restorejob.RegisterRestoreJobHooksServer(server, &restoreJobService{source: source, pgdata: pgdata, report: report})
 	metrics.RegisterMetricsServer(server, &metricsService{source: source, report: report})
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer()) // SERVING from the start
@@ -136,7 +136,7 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 	var housekeeping sync.WaitGroup
 	defer housekeeping.Wait()
 	defer cancel()
-	housekeeping.Go(func() { report.housekeep(ctx, instance) })
+	housekeeping.Go(func() { report.housekeep(ctx, walFiles.instance) })
 	slog.Info("Serving", "socket", socket, "pgdata", pgdata, "version", version)
 	if err := serveGRPC(ctx, server, listener, stopGrace); err != nil {
 		return fmt.Errorf("serve %s: %w", socket, err)
@@ -622,11 +622,8 @@ func (k *kubeSource) backups(ctx context.Context, cluster *Cluster) (found []*ba
 // does not note the place, so its Backups get it noted while their backup is seen here.
 func (k *kubeSource) dropBackups(ctx context.Context, cluster *Cluster, s *Store, catalog *Catalog, backups []*backupObject) error {
 	there := map[string]string{} // backup id to begin WAL
-	for _, b := range catalog.Backups {
+	for _, b := range catalog.all() {
 		there[b.ID] = b.BeginWAL
-	}
-	for _, id := range slices.Concat(catalog.Incomplete, slices.Collect(maps.Keys(catalog.Unreadable))) {
-		there[id] = ""
 	}
 	client := k.client.Resource(k.group.WithResource("backups")).Namespace(k.namespace)
 	var errs []error
@@ -639,14 +636,11 @@ func (k *kubeSource) dropBackups(ctx context.Context, cluster *Cluster, s *Store
 		switch {
 		case !present && origin[placeMetadata] == s.place():
 			err := client.Delete(ctx, b.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &b.UID}})
-			switch {
-			case apierrors.IsNotFound(err) || apierrors.IsConflict(err): // gone, or another one by now
-				continue
-			case err != nil:
+			if err == nil {
+				slog.Info("Deleted a Backup object, since its backup is not in the catalog any more", "backup", b.Name, "backupID", b.Status.BackupID, "place", s.place())
+			} else if !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) { // else gone, or another one by now
 				errs = append(errs, fmt.Errorf("delete Backup %s/%s, whose backup %s is gone: %w", k.namespace, b.Name, b.Status.BackupID, err))
-				continue
 			}
-			slog.Info("Deleted a Backup object, since its backup is not in the catalog any more", "backup", b.Name, "backupID", b.Status.BackupID, "place", s.place())
 		case present && origin[placeMetadata] == "" && wal != "" && wal == b.Status.BeginWAL:
 			patch, _ := json.Marshal(map[string]any{"status": map[string]any{"pluginMetadata": map[string]string{placeMetadata: s.place()}}})
 			if _, err := client.Patch(ctx, b.Name, types.MergePatchType, patch, metav1.PatchOptions{}, "status"); err != nil && !apierrors.IsNotFound(err) {
@@ -723,10 +717,7 @@ var sidecarMetrics = []struct {
 const ofStatus = 8
 
 // The metrics with a label.
-const (
-	conditionMetric, conditionHelp = "condition_failed", "1 where a condition of the server in the ObjectStore is false"
-	s3ErrorMetric, s3ErrorHelp     = "s3_errors_total", "Failed requests of this instance to the object store"
-)
+const conditionMetric, s3ErrorMetric = "condition_failed", "s3_errors_total"
 
 func unixTime(t *metav1.Time) float64 {
 	if t == nil {
@@ -752,8 +743,8 @@ func (*metricsService) Define(context.Context, *metrics.DefineMetricsRequest) (*
 	for _, m := range sidecarMetrics {
 		add(m.name, m.help, m.kind)
 	}
-	add(conditionMetric, conditionHelp, gauge, "type")
-	add(s3ErrorMetric, s3ErrorHelp, counter, "code")
+	add(conditionMetric, "1 where a condition of the server in the ObjectStore is false", gauge, "type")
+	add(s3ErrorMetric, "Failed requests of this instance to the object store", counter, "code")
 	return result, nil
 }
 
@@ -957,17 +948,22 @@ func planRetention(f retentionFacts) *retentionPlan {
 
 // unclear says why a backup can neither be taken for good nor for failed; "" when it can.
 func (b *BackupInfo) unclear() string {
-	begin, err := parseWALName(b.BeginWAL)
-	_, endErr := parseLSN(b.EndLSN)
+	_, err := parseLSN(b.EndLSN)
 	switch {
 	case b.barmanOnly["snapshots_info"] != "":
 		return "it has disk snapshots, which only Barman can delete"
 	case b.Status != statusDone:
 		return fmt.Sprintf("its status is %q", b.Status)
-	case !b.Done() || err != nil || begin.Kind != walSegment || endErr != nil || !validSegmentSize(b.WALSegmentSize):
+	case !b.Done() || err != nil || !b.beginKnown():
 		return "its backup.info does not say when and where in the WAL it began and ended"
 	}
 	return ""
+}
+
+// beginKnown says whether backup.info has the first segment that the backup needs.
+func (b *BackupInfo) beginKnown() bool {
+	w, err := parseWALName(b.BeginWAL)
+	return err == nil && w.Kind == walSegment && validSegmentSize(b.WALSegmentSize)
 }
 
 // need keeps the WAL from the beginning of a backup.
@@ -978,18 +974,14 @@ func (p *retentionPlan) need(b *BackupInfo) {
 // needUnclear does so for a backup whose beginning may not be known. It began after the
 // backups before it, so the WAL from the newest of those stays; without one, all WAL.
 func (p *retentionPlan) needUnclear(b *BackupInfo, backups []*BackupInfo) {
-	known := func(b *BackupInfo) bool {
-		w, err := parseWALName(b.BeginWAL)
-		return err == nil && w.Kind == walSegment && validSegmentSize(b.WALSegmentSize)
-	}
-	if known(b) {
+	if b.beginKnown() {
 		p.need(b)
 		return
 	}
 	id, _ := time.Parse(backupIDLayout, b.ID)
 	need := walNeed{anywhere: true}
 	for _, before := range backups {
-		if known(before) && !before.BeginTime.IsZero() && before.BeginTime.Before(id.Add(-debrisAge)) {
+		if before.beginKnown() && !before.BeginTime.IsZero() && before.BeginTime.Before(id.Add(-debrisAge)) {
 			need.timeline, need.begin, need.size = timelineOf(before.BeginWAL, 0), before.BeginWAL, before.WALSegmentSize
 		}
 	}
@@ -1384,10 +1376,10 @@ func (f *fileSource) load() error {
 		} else if err != nil {
 			return fmt.Errorf("%s, document %d: %w", f.path, document, err)
 		}
-		var head metav1.PartialObjectMetadata
-		if len(raw) == 0 || string(raw) == "null" {
+		if len(raw) == 0 {
 			continue
 		}
+		var head metav1.PartialObjectMetadata
 		if err := json.Unmarshal(raw, &head); err != nil {
 			return fmt.Errorf("%s, document %d: %w", f.path, document, err)
 		}
