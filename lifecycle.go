@@ -25,7 +25,6 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -609,7 +608,7 @@ func (o *operator) inject(c *Cluster, stores []*ObjectStore, config *InstanceSid
 	switch volume := fmt.Sprintf("%s/volumes/%d", at, existing); {
 	case certificates != nil && existing < 0:
 		patch = append(patch, appendTo(at+"/volumes", len(spec.Volumes), *certificates))
-	case certificates != nil && !sameJSON(spec.Volumes[existing], certificates):
+	case certificates != nil && !equality.Semantic.DeepEqual(&spec.Volumes[existing], certificates):
 		patch = append(patch, patchOperation{Op: "replace", Path: volume, Value: certificates})
 	case certificates == nil && existing >= 0:
 		patch = append(patch, patchOperation{Op: "remove", Path: volume})
@@ -624,7 +623,7 @@ func (o *operator) inject(c *Cluster, stores []*ObjectStore, config *InstanceSid
 	}
 	containers := at + "/initContainers"
 	switch i := named(spec.InitContainers, sidecarName); {
-	case i >= 0 && sameJSON(spec.InitContainers[i], sidecar):
+	case i >= 0 && equality.Semantic.DeepEqual(&spec.InitContainers[i], sidecar):
 	case i >= 0:
 		patch = append(patch, patchOperation{Op: "replace", Path: fmt.Sprintf("%s/%d", containers, i), Value: sidecar})
 	case len(spec.InitContainers) == 0:
@@ -645,12 +644,6 @@ func appendTo(array string, n int, value any) patchOperation {
 		return patchOperation{Op: "add", Path: array, Value: []any{value}}
 	}
 	return patchOperation{Op: "add", Path: array + "/-", Value: value}
-}
-
-func sameJSON(a, b any) bool {
-	x, errX := json.Marshal(a)
-	y, errY := json.Marshal(b)
-	return errX == nil && errY == nil && bytes.Equal(x, y)
 }
 
 // certificateVolume projects the endpointCA of every store to <store>/barman-ca.crt;
@@ -759,11 +752,8 @@ func (o *operator) ensureRBAC(ctx context.Context, c *Cluster, stores []*ObjectS
 	if c.Kind == "" || c.APIVersion == "" || c.UID == "" {
 		return fmt.Errorf("Cluster %s/%s came without apiVersion, kind or uid: cannot own its Role", c.Namespace, c.Name)
 	}
-	owner := metav1.OwnerReference{
-		APIVersion: c.APIVersion, Kind: c.Kind, Name: c.Name, UID: c.UID, Controller: new(true), BlockOwnerDeletion: new(true),
-	}
+	owner := *metav1.NewControllerRef(c, schema.FromAPIVersionAndKind(c.APIVersion, c.Kind))
 	name := c.Name + "-barman-cloud"
-	account := cmp.Or(c.Spec.ServiceAccountName, c.Name)
 	var names []string // also of stores that are missing, so that their coming is noticed
 	for _, ref := range []*StoreRef{c.ArchiveStore(), c.RecoveryStore(), c.ReplicaSourceStore()} {
 		if ref != nil {
@@ -772,7 +762,7 @@ func (o *operator) ensureRBAC(ctx context.Context, c *Cluster, stores []*ObjectS
 	}
 	err := ensure(ctx, o, roles, o.roles, c.Namespace, name, func(r *rbacv1.Role) error {
 		r.TypeMeta = metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "Role"}
-		setOwnership(&r.ObjectMeta, c.Name, owner)
+		setOwnership(&r.ObjectMeta, owner)
 		r.Rules = roleRules(names, stores)
 		return nil
 	})
@@ -781,14 +771,14 @@ func (o *operator) ensureRBAC(ctx context.Context, c *Cluster, stores []*ObjectS
 	}
 	return ensure(ctx, o, roleBindings, o.bindings, c.Namespace, name, func(b *rbacv1.RoleBinding) error {
 		b.TypeMeta = metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "RoleBinding"}
-		setOwnership(&b.ObjectMeta, c.Name, owner)
+		setOwnership(&b.ObjectMeta, owner)
 		ref := rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: name}
 		if b.ResourceVersion != "" && b.RoleRef != ref {
 			return fmt.Errorf("it refers to %s %q instead of Role %q, and that cannot be changed: delete it, and it is made anew",
 				b.RoleRef.Kind, b.RoleRef.Name, name)
 		}
 		b.RoleRef = ref
-		subject := rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: c.Namespace, Name: account}
+		subject := rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: c.Namespace, Name: cmp.Or(c.Spec.ServiceAccountName, c.Name)}
 		if !slices.Contains(b.Subjects, subject) {
 			b.Subjects = append(b.Subjects, subject)
 		}
@@ -842,18 +832,17 @@ func roleRules(names []string, stores []*ObjectStore) []rbacv1.PolicyRule {
 
 // setOwnership marks an object as ours and as the Cluster's; foreign labels stay. An
 // owner of the same name but another UID is a Cluster that was deleted and made again.
-func setOwnership(m *metav1.ObjectMeta, cluster string, owner metav1.OwnerReference) {
-	if m.Labels == nil {
-		m.Labels = map[string]string{}
-	}
-	maps.Copy(m.Labels, map[string]string{
-		clusterLabel:                   cluster,
+func setOwnership(m *metav1.ObjectMeta, owner metav1.OwnerReference) {
+	for label, value := range map[string]string{
+		clusterLabel:                   owner.Name,
 		"app.kubernetes.io/name":       "barman-cloud-plugin",
-		"app.kubernetes.io/instance":   cluster,
+		"app.kubernetes.io/instance":   owner.Name,
 		"app.kubernetes.io/version":    version,
 		"app.kubernetes.io/component":  "database",
 		"app.kubernetes.io/managed-by": fieldManager,
-	})
+	} {
+		metav1.SetMetaDataLabel(m, label, value)
+	}
 	m.OwnerReferences = slices.DeleteFunc(m.OwnerReferences, func(r metav1.OwnerReference) bool {
 		return r.Kind == owner.Kind && r.Name == owner.Name && r.UID != owner.UID
 	})
@@ -1265,11 +1254,8 @@ func (o *operator) writePair(ctx context.Context, name, role string, old *corev1
 	}
 	s.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"}
 	s.Type = corev1.SecretTypeTLS
-	if s.Labels == nil {
-		s.Labels = map[string]string{}
-	}
-	s.Labels[certificateLabel] = role
-	s.Labels["app.kubernetes.io/managed-by"] = fieldManager
+	metav1.SetMetaDataLabel(&s.ObjectMeta, certificateLabel, role)
+	metav1.SetMetaDataLabel(&s.ObjectMeta, "app.kubernetes.io/managed-by", fieldManager)
 	s.Data = map[string][]byte{
 		corev1.TLSCertKey:       chainPEM(pair.Leaf, behind),
 		corev1.TLSPrivateKeyKey: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),

@@ -609,10 +609,7 @@ type listRow struct {
 func listRows(c *Catalog, objects map[string]*backupObjects) []listRow {
 	rows := []listRow{}
 	for _, b := range c.all() {
-		var size int64
-		if o := objects[b.ID]; o != nil {
-			size = o.size
-		}
+		size := cmp.Or(objects[b.ID], &backupObjects{}).size
 		rows = append(rows, listRow{ID: b.ID, Name: b.BackupName, Status: b.Status, Error: b.Error,
 			BeginTime: timestamp(b.BeginTime), EndTime: timestamp(b.EndTime), Timeline: b.Timeline,
 			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: size, Keep: b.Keep,

@@ -41,7 +41,6 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
@@ -1186,12 +1185,9 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 	}
 	for _, u := range all {
 		if id, _ := s.layoutKey(u.key); id != "" {
-			if objects[id] == nil {
-				objects[id] = &backupObjects{}
-			}
-			if u.active.After(objects[id].written) {
-				objects[id].written = u.active
-			}
+			b := cmp.Or(objects[id], &backupObjects{})
+			b.written = slices.MaxFunc([]time.Time{b.written, u.active}, time.Time.Compare)
+			objects[id] = b
 		}
 	}
 	abandoned := func(t time.Time) bool { return !t.IsZero() && o.Now.Sub(t) > debrisAge }
@@ -1579,8 +1575,7 @@ func (k *kubeSource) follow(ctx context.Context, resource schema.GroupVersionRes
 	if err != nil {
 		return nil, err
 	}
-	byName := metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()}
-	i := informer(client, byName, nil)
+	i := informer(client, metav1.SingleObject(metav1.ObjectMeta{Name: name}), nil)
 	if err := i.GetStore().Add(first); err != nil { // what is known until the watch is there
 		return nil, err
 	}
