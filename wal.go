@@ -565,8 +565,10 @@ type timelineWAL struct {
 	Missing  int      `json:"missing"`
 	Gaps     []string `json:"gaps,omitempty"` // FIRST to LAST, the first maxGaps of them
 
-	next, size uint64
-	lastGap    [2]uint64
+	from, until uint64 // what lies between must be there even if nothing follows
+	next        uint64 // the first that is not yet looked for
+	size        int64  // bytes of each
+	lastGap     [2]uint64
 }
 
 // maxGaps bounds the list of gaps of one timeline.
@@ -575,7 +577,7 @@ const maxGaps = 20
 // skip notes that the segments from t.next up to but not including n are not there. That
 // the first of them are absent may be no gap.
 func (t *timelineWAL) skip(n uint64, absent []string) {
-	for t.next < n && slices.Contains(absent, segmentName(t.Timeline, t.next, int64(t.size))) {
+	for t.next < n && slices.Contains(absent, segmentName(t.Timeline, t.next, t.size)) {
 		t.next++
 	}
 	if n <= t.next {
@@ -584,91 +586,85 @@ func (t *timelineWAL) skip(n uint64, absent []string) {
 	t.Missing += int(n - t.next)
 	t.lastGap = [2]uint64{t.next, n}
 	if len(t.Gaps) < maxGaps {
-		name := func(n uint64) string { return segmentName(t.Timeline, n, int64(t.size)) }
-		gap := name(t.next)
-		if n-t.next > 1 {
-			gap += fmt.Sprintf(" to %s (%d segments)", name(n-1), n-t.next)
-		}
-		t.Gaps = append(t.Gaps, gap)
+		t.Gaps = append(t.Gaps, gapName(segmentName(t.Timeline, t.next, t.size), segmentName(t.Timeline, n-1, t.size), int(n-t.next)))
 	}
 	t.next = n
 }
 
+// gapName names n missing segments.
+func gapName(first, last string, n int) string {
+	if n == 1 {
+		return first
+	}
+	return fmt.Sprintf("%s to %s (%d segments)", first, last, n)
+}
+
 // walCoverage says which WAL there is for the backups that are done, by timeline: from the
 // oldest segment that one of them needs, across the switches to other timelines. Memory
-// does not grow with the number of segments: the listing comes in the order of the names,
-// a timeline's history before its segments. absent are segments whose absence is no gap.
+// does not grow with the number of segments: the listing comes in the order of the names.
+// absent are segments whose absence is no gap.
 func walCoverage(ctx context.Context, s *Store, catalog *Catalog, absent ...string) ([]*timelineWAL, error) {
-	needed := map[uint32]uint64{} // by timeline, the first segment
-	var size uint64
+	var size int64
+	timelines := map[uint32]*timelineWAL{}
+	need := func(timeline uint32, from uint64) {
+		if t := timelines[timeline]; t == nil || from < t.from {
+			timelines[timeline] = &timelineWAL{Timeline: timeline, from: from, next: from, size: size}
+		}
+	}
 	for _, b := range slices.Backward(catalog.Backups) {
 		w, err := parseWALName(b.BeginWAL)
 		if !b.Done() || err != nil || !validSegmentSize(b.WALSegmentSize) || b.Keep == "standalone" && size > 0 {
 			continue // retention deletes what follows a backup that is kept standalone
 		}
-		if size = cmp.Or(size, uint64(b.WALSegmentSize)); size == uint64(b.WALSegmentSize) { // else of another life
-			n, known := needed[w.Timeline]
-			if number := w.number(int64(size)); !known || number < n {
-				needed[w.Timeline] = number
-			}
+		if size = cmp.Or(size, b.WALSegmentSize); size == b.WALSegmentSize { // else of another life
+			need(w.Timeline, w.number(size))
 		}
 		absent = append(absent, b.WALInBackup...)
 	}
 	if size == 0 {
 		return nil, nil
 	}
-	timelines := map[uint32]*timelineWAL{}
-	timeline := func(t uint32) *timelineWAL {
-		if timelines[t] == nil {
-			timelines[t] = &timelineWAL{Timeline: t, next: needed[t], size: size}
+	histories, err := readHistories(ctx, s, catalog, nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, timeline := range slices.Sorted(maps.Keys(histories)) {
+		history := histories[timeline]
+		if len(history) == 0 {
+			continue
 		}
-		return timelines[t]
+		last := history[len(history)-1]
+		at := segmentNumber(last.At, size) // the first segment of the new timeline
+		if parent := timelines[last.Timeline]; parent != nil && parent.from <= at {
+			parent.until = max(parent.until, at)
+			need(timeline, at)
+		}
 	}
 	for o, err := range s.List(ctx, s.key("wals/")) {
 		if err != nil {
 			return nil, err
 		}
-		object := newWALObject(o)
-		w, err := parseWALName(object.Name)
-		from, isNeeded := needed[w.Timeline]
-		switch {
-		case err != nil:
-		case w.Kind == walHistory:
-			history, err := readHistory(ctx, s, object)
-			if err != nil {
-				return nil, err
-			}
-			if len(history) == 0 {
-				continue
-			}
-			parent := history[len(history)-1]
-			at := segmentNumber(parent.At, int64(size)) // the first segment of the new timeline
-			if from, ok := needed[parent.Timeline]; ok && from <= at {
-				timeline(parent.Timeline).skip(at, absent)
-				if n, ok := needed[w.Timeline]; !ok || at < n {
-					needed[w.Timeline] = at
-				}
-			}
-		case w.Kind == walSegment && isNeeded && w.number(int64(size)) >= from:
-			t, n := timeline(w.Timeline), w.number(int64(size))
-			if n < t.next {
-				continue // another form of the same segment
-			}
-			t.skip(n, absent)
-			t.First, t.Last = cmp.Or(t.First, w.Name), w.Name
-			t.Segments++
-			t.next = n + 1
+		w, err := parseWALName(newWALObject(o).Name)
+		t := timelines[w.Timeline]
+		if err != nil || w.Kind != walSegment || t == nil || w.number(size) < t.next {
+			continue // not needed, or another form of the same segment
 		}
+		t.skip(w.number(size), absent)
+		t.First, t.Last = cmp.Or(t.First, w.Name), w.Name
+		t.Segments++
+		t.next++
 	}
 	var found []*timelineWAL
 	for _, number := range slices.Sorted(maps.Keys(timelines)) {
 		t := timelines[number]
-		found = append(found, t)
+		t.skip(t.until, absent)
+		if t.Segments > 0 || t.until > 0 {
+			found = append(found, t)
+		}
 		// Segments are stored several at once: one may have been on its way while a later one was listed.
 		if from, to := t.lastGap[0], t.lastGap[1]; t.Missing > 0 && to-from <= 32 {
 			for n := from; n < to; n++ {
-				name := segmentName(number, n, int64(size))
-				objects, err := walObjects(ctx, s, name, false)
+				objects, err := walObjects(ctx, s, segmentName(number, n, size), false)
 				if err != nil {
 					return nil, err
 				}
