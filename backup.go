@@ -244,7 +244,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 	log.Info("Starting backup", "backupName", b.info.BackupName, "destination", b.store.URL(b.store.baseKey(b.info.ID, "")),
 		"standby", b.session.inRecovery, "bytes", b.session.size, "jobs", b.jobs, "compression", cmp.Or(b.codec.name, "none"))
 	for _, f := range b.info.IncludedFiles {
-		if !b.inDataDirectory(f) {
+		if _, inside := below(b.info.PGData, f); !inside {
 			log.Warn("A configuration file outside the data directory, included from another one, is not in the backup: keep a copy", "path", f)
 		}
 	}
@@ -262,7 +262,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 	if err := b.addControlFile(ctx, last); err != nil {
 		return err
 	}
-	label, required, err := b.stop(ctx)
+	required, err := b.stop(ctx)
 	if err != nil {
 		return err
 	}
@@ -279,14 +279,15 @@ func (b *baseBackup) run(ctx context.Context) error {
 			return err
 		}
 	}
+	label := []byte(b.info.BackupLabel)
 	header := tar.Header{Name: "backup_label", Mode: 0o600, Uid: os.Getuid(), Gid: os.Getgid(), ModTime: b.info.EndTime}
-	if err := b.manifest.add(header.Name, int64(len(label)), header.ModTime, crc32.Checksum([]byte(label), castagnoli)); err != nil {
+	if err := b.manifest.add(header.Name, int64(len(label)), header.ModTime, crc32.Checksum(label, castagnoli)); err != nil {
 		return err
 	}
 	if err := b.addManifest(last); err != nil {
 		return err
 	}
-	if err := last.add(header, []byte(label)); err != nil {
+	if err := last.add(header, label); err != nil {
 		return err
 	}
 	if err := last.close(); err != nil {
@@ -298,7 +299,7 @@ func (b *baseBackup) run(ctx context.Context) error {
 	b.info.Status = statusDone
 	b.info.CopyStats = fmt.Sprintf("{'total_time': %.6f, 'number_of_workers': %d, 'copy_time_per_item': {%s}}", // as Barman's
 		time.Since(b.began).Seconds(), b.jobs, strings.Join(b.took, ", "))
-	b.info.bytes, b.info.storedBytes, b.info.place = b.read.done.Load(), b.stored(), b.store.place()
+	b.info.bytes, b.info.place = b.read.done.Load(), b.store.place()
 	// No cancellation any more: the server may still carry out a request that was given up,
 	// and the DONE would come after the FAILED of undo.
 	commit, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
@@ -307,8 +308,8 @@ func (b *baseBackup) run(ctx context.Context) error {
 		return err
 	}
 	b.release(commit)
-	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.read.done.Load(),
-		"bytesStored", b.stored(), "archives", len(b.archives), "seconds", time.Since(b.began).Seconds())
+	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.info.bytes,
+		"bytesStored", b.info.storedBytes, "archives", len(b.archives), "seconds", time.Since(b.began).Seconds())
 	return nil
 }
 
@@ -333,27 +334,26 @@ func (b *baseBackup) begin(ctx context.Context, log *slog.Logger) error {
 }
 
 // stop ends backup mode and works out what WAL the backup needs, oldest first.
-func (b *baseBackup) stop(ctx context.Context) (label string, required []string, err error) {
-	label, endTimeline, err := b.session.stopBackup(ctx, b.info)
+func (b *baseBackup) stop(ctx context.Context) (required []string, err error) {
+	endTimeline, err := b.session.stopBackup(ctx, b.info)
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	end, err := parseLSN(b.info.EndLSN)
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
-	b.info.BackupLabel = label
 	// The label holds the timeline of the checkpoint that recovery starts from.
-	if m := regexp.MustCompile(`(?m)^START TIMELINE: (\d+)$`).FindStringSubmatch(label); m != nil {
+	if m := regexp.MustCompile(`(?m)^START TIMELINE: (\d+)$`).FindStringSubmatch(b.info.BackupLabel); m != nil {
 		if b.info.Timeline, err = strconv.Atoi(m[1]); err != nil {
-			return "", nil, fmt.Errorf("backup label: %w", err)
+			return nil, fmt.Errorf("backup label: %w", err)
 		}
 	}
 	timeline := uint32(b.info.Timeline)
 	var history []timelineSwitch
 	if endTimeline = cmp.Or(endTimeline, timeline); endTimeline != timeline {
 		if history, err = b.timelineHistory(ctx, endTimeline); err != nil {
-			return "", nil, err
+			return nil, err
 		}
 		required = append(required, fmt.Sprintf("%08X.history", endTimeline))
 	}
@@ -371,7 +371,7 @@ func (b *baseBackup) stop(ctx context.Context) (label string, required []string,
 	b.info.BeginOffset = int64(uint64(b.start) % uint64(size))
 	b.info.EndWAL = segments[len(segments)-1]
 	b.info.EndOffset = int64(uint64(end) % uint64(size))
-	return label, append(required, segments...), nil
+	return append(required, segments...), nil
 }
 
 // undo removes what a failed backup has stored and leaves a backup.info that says why it
@@ -403,7 +403,7 @@ func (b *baseBackup) undo(ctx context.Context, cause error) {
 }
 
 // checkArchives compares what the bucket lists with what was sent, before anything calls
-// the backup done.
+// the backup done, and adds it up.
 func (b *baseBackup) checkArchives(ctx context.Context) error {
 	sizes := map[string]int64{}
 	for o, err := range b.store.List(ctx, b.store.baseKey(b.info.ID, "")) {
@@ -418,16 +418,11 @@ func (b *baseBackup) checkArchives(ctx context.Context) error {
 			return fmt.Errorf("%s is not in the bucket although its upload was acknowledged", b.store.URL(a.key))
 		case size != a.size.Load():
 			return fmt.Errorf("%s has %d bytes in the bucket, but %d were sent", b.store.URL(a.key), size, a.size.Load())
+		default:
+			b.info.storedBytes += size
 		}
 	}
 	return nil
-}
-
-func (b *baseBackup) stored() (n int64) {
-	for _, a := range b.archives {
-		n += a.size.Load()
-	}
-	return n
 }
 
 // ---------------------------------------------------------------------------
@@ -588,10 +583,10 @@ func (s *session) startBackup(ctx context.Context, info *BackupInfo, immediate b
 // sqlTime is the to_char format of RFC 3339 with microseconds, in UTC.
 const sqlTime = `YYYY-MM-DD"T"HH24:MI:SS.US"Z"`
 
-// stopBackup leaves backup mode without waiting for the archiver, sets the end in info,
-// and returns the backup label and the timeline of the end, which is 0 on a primary: there
-// it is the one of the start.
-func (s *session) stopBackup(ctx context.Context, info *BackupInfo) (label string, timeline uint32, err error) {
+// stopBackup leaves backup mode without waiting for the archiver, sets the end and the
+// label in info, and returns the timeline of the end, which is 0 on a primary: there it is
+// the one of the start.
+func (s *session) stopBackup(ctx context.Context, info *BackupInfo) (timeline uint32, err error) {
 	function := "pg_backup_stop(false)"
 	if s.major < 15 {
 		function = "pg_stop_backup(false, false)"
@@ -600,26 +595,26 @@ func (s *session) stopBackup(ctx context.Context, info *BackupInfo) (label strin
 	// is past the end of the backup.
 	rows, err := s.query(ctx, fmt.Sprintf(`SELECT lsn, labelfile, to_char(clock_timestamp() AT TIME ZONE 'UTC', '%s') FROM %s`, sqlTime, function))
 	if err != nil {
-		return "", 0, fmt.Errorf("stop the backup: %w", err)
+		return 0, fmt.Errorf("stop the backup: %w", err)
 	}
-	info.EndLSN, label = rows[0][0], rows[0][1]
+	info.EndLSN, info.BackupLabel = rows[0][0], rows[0][1]
 	if info.EndTime, err = time.Parse(time.RFC3339Nano, rows[0][2]); err != nil {
-		return "", 0, err
+		return 0, err
 	}
-	if s.inRecovery {
-		// On a standby the end is the minimum recovery point of pg_control, which may be
-		// on another timeline than the start.
-		rows, err = s.query(ctx, "SELECT min_recovery_end_timeline FROM pg_control_recovery()")
-		if err != nil {
-			return "", 0, fmt.Errorf("stop the backup: %w", err)
-		}
-		n, err := strconv.ParseUint(rows[0][0], 10, 32)
-		if err != nil {
-			return "", 0, fmt.Errorf("stop the backup: min_recovery_end_timeline: %w", err)
-		}
-		timeline = uint32(n)
+	if !s.inRecovery {
+		return 0, nil
 	}
-	return label, timeline, nil
+	// On a standby the end is the minimum recovery point of pg_control, which may be
+	// on another timeline than the start.
+	rows, err = s.query(ctx, "SELECT min_recovery_end_timeline FROM pg_control_recovery()")
+	if err != nil {
+		return 0, fmt.Errorf("stop the backup: %w", err)
+	}
+	n, err := strconv.ParseUint(rows[0][0], 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("stop the backup: min_recovery_end_timeline: %w", err)
+	}
+	return uint32(n), nil
 }
 
 // ---------------------------------------------------------------------------
@@ -749,8 +744,12 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 // lists the directory of the first name, and the next directory once that one is complete.
 func (b *baseBackup) missingWAL(ctx context.Context, names []string) ([]string, error) {
 	for len(names) > 0 {
+		prefix := b.archive().walPrefix(names[0])
+		if !strings.HasSuffix(prefix, ".history") { // a segment, with its neighbours
+			prefix = path.Dir(prefix) + "/"
+		}
 		present := map[string]bool{}
-		for o, err := range b.archive().List(ctx, walListPrefix(b.archive(), names[0])) {
+		for o, err := range b.archive().List(ctx, prefix) {
 			if err != nil {
 				return nil, err
 			}
@@ -766,14 +765,6 @@ func (b *baseBackup) missingWAL(ctx context.Context, names []string) ([]string, 
 		names = names[n:]
 	}
 	return nil, nil
-}
-
-// walListPrefix is a prefix that lists a WAL file and, for a segment, its neighbours.
-func walListPrefix(s *Store, name string) string {
-	if strings.HasSuffix(name, ".history") {
-		return s.walPrefix(name)
-	}
-	return path.Dir(s.walPrefix(name)) + "/"
 }
 
 // archiver asks the server what it last archived, and where to look when WAL does not
@@ -942,11 +933,8 @@ func (t *tree) follows(name string) bool {
 	return false
 }
 
-// file is a file to be stored.
-type file struct{ name, path string }
-
-// findFiles sends the files of all directories.
-func (t *tree) findFiles(ctx context.Context, files chan<- file) error {
+// findFiles sends the names of the files of all directories.
+func (t *tree) findFiles(ctx context.Context, files chan<- string) error {
 	for _, dir := range t.names {
 		if t.contentsExcluded(dir) {
 			continue
@@ -969,7 +957,7 @@ func (t *tree) findFiles(ctx context.Context, files chan<- file) error {
 				}
 			}
 			select {
-			case files <- file{name, filepath.Join(t.root, name)}:
+			case files <- name:
 				return nil
 			case <-ctx.Done():
 				return context.Cause(ctx)
@@ -992,8 +980,8 @@ func (b *baseBackup) trees() ([]*tree, error) {
 			return nil, fmt.Errorf("tablespace %s: its location is not visible to this process: %w", space.Name, err)
 		}
 		// One inside the data directory must not be stored twice.
-		if below, err := filepath.Rel(b.pgdata, root); err == nil && filepath.IsLocal(below) {
-			data.skip[below] = true
+		if name, inside := below(b.pgdata, root); inside {
+			data.skip[name] = true
 		}
 		// Versions of PostgreSQL can share a location, each in a directory of its own.
 		trees = append(trees, &tree{name: strconv.FormatUint(uint64(space.OID), 10), root: root,
@@ -1009,16 +997,17 @@ func (b *baseBackup) trees() ([]*tree, error) {
 // server finds inside it (as with Barman). Files that they include are not stored.
 func (b *baseBackup) externalFiles() (files []string) {
 	for _, f := range []string{b.info.ConfigFile, b.info.HBAFile, b.info.IdentFile} {
-		if f != "" && !b.inDataDirectory(f) {
+		if _, inside := below(b.info.PGData, f); f != "" && !inside {
 			files = append(files, f)
 		}
 	}
 	return files
 }
 
-func (b *baseBackup) inDataDirectory(f string) bool {
-	below, err := filepath.Rel(b.info.PGData, f)
-	return err == nil && filepath.IsLocal(below)
+// below says whether a path is that of a directory or below it, and how it is called there.
+func below(dir, path string) (name string, ok bool) {
+	name, err := filepath.Rel(dir, path)
+	return name, err == nil && dir != "" && filepath.IsLocal(name)
 }
 
 // copyFiles stores all trees and returns the data archive of the highest number, which is
@@ -1082,7 +1071,7 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 			return nil, err
 		}
 	}
-	files := make(chan file, 64)
+	files := make(chan string, 64)
 	archives := make([]*archive, b.jobs)
 	archives[0] = first
 	var group errgroup.Group
@@ -1099,11 +1088,10 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 	for job := range b.jobs {
 		group.Go(func() error {
 			buffer := make([]byte, copyBufferSize)
-			for f := range files {
-				if ctx.Err() != nil {
-					continue // drain
+			for name := range files {
+				if ctx.Err() == nil { // else drain
+					fail(b.copyFile(ctx, t, &archives[job], name, buffer))
 				}
-				fail(b.copyFile(ctx, t, &archives[job], f, buffer))
 			}
 			return context.Cause(ctx)
 		})
@@ -1125,8 +1113,9 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 
 // copyFile stores one file of a tree in the job's archive, which it closes and replaces
 // by the next one when it is full. A file is never split.
-func (b *baseBackup) copyFile(ctx context.Context, t *tree, a **archive, f file, buffer []byte) error {
-	info, err := os.Lstat(f.path)
+func (b *baseBackup) copyFile(ctx context.Context, t *tree, a **archive, name string, buffer []byte) error {
+	path := filepath.Join(t.root, name)
+	info, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // vanished since it was listed
 	}
@@ -1144,7 +1133,7 @@ func (b *baseBackup) copyFile(ctx context.Context, t *tree, a **archive, f file,
 			return err
 		}
 	}
-	if err := b.addFile(ctx, *a, f.name, f.path, buffer); !errors.Is(err, fs.ErrNotExist) {
+	if err := b.addFile(ctx, *a, name, path, buffer); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
@@ -1174,10 +1163,14 @@ func (b *baseBackup) addDirectory(a *archive, t *tree, name string) error {
 // zeros, and one that grows is cut. fs.ErrNotExist says that there is no such file.
 func (b *baseBackup) addFile(ctx context.Context, a *archive, name, path string, buffer []byte) error {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	switch {
-	case errors.Is(err, unix.ELOOP): // it is a symbolic link
-		return b.addSymlink(a, name, path)
-	case err != nil:
+	if errors.Is(err, unix.ELOOP) { // it is a symbolic link
+		target, err := os.Readlink(path)
+		if err != nil {
+			return err
+		}
+		return a.add(tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: target, Mode: 0o777, Uid: os.Getuid(), Gid: os.Getgid()}, nil)
+	}
+	if err != nil {
 		return err
 	}
 	defer f.Close()
@@ -1324,14 +1317,6 @@ var pageChecksumSeeds = [32]uint32{
 	0x783125BB, 0x6CA8EAA2, 0xE407EAC6, 0x4B5CFC3E, 0x9FBF8C76, 0x15CA20BE, 0xF2CA9FD3, 0x959BD756,
 }
 
-func (b *baseBackup) addSymlink(a *archive, name, path string) error {
-	target, err := os.Readlink(path)
-	if err != nil {
-		return err
-	}
-	return a.add(tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: target, Mode: 0o777, Uid: os.Getuid(), Gid: os.Getgid()}, nil)
-}
-
 // headerOf is the tar header of a file, without type and size.
 func headerOf(name string, info fs.FileInfo) tar.Header {
 	// Whole seconds: a fraction would cost a record of 1 KiB for each file.
@@ -1474,9 +1459,9 @@ func (m *manifest) write(text string) (err error) {
 
 // addManifest ends the manifest and adds it to an archive.
 func (b *baseBackup) addManifest(a *archive) error {
-	ranges := make([]string, len(b.walRanges))
-	for i, r := range slices.Backward(b.walRanges) {
-		ranges[len(ranges)-1-i] = fmt.Sprintf(`{ "Timeline": %d, "Start-LSN": "%s", "End-LSN": "%s" }`, r.Timeline, r.Start, r.End)
+	var ranges []string
+	for _, r := range slices.Backward(b.walRanges) {
+		ranges = append(ranges, fmt.Sprintf(`{ "Timeline": %d, "Start-LSN": "%s", "End-LSN": "%s" }`, r.Timeline, r.Start, r.End))
 	}
 	m := &b.manifest
 	if err := m.write("\n],\n\"WAL-Ranges\": [\n" + strings.Join(ranges, ",\n") + "\n],\n"); err != nil {
@@ -1501,15 +1486,15 @@ func (b *baseBackup) addManifest(a *archive) error {
 // files has, about 4 are left. There may be no disk that may be written to.
 type spool struct {
 	b partBuffer
+	c *codec
 	z io.WriteCloser
 }
 
 func newSpool() (s *spool, err error) {
 	s = &spool{}
 	runtime.SetFinalizer(s, func(s *spool) { s.b.free() }) // if something fails, nobody else does
-	c, err := codecByName("zstd")
-	if err == nil {
-		s.z, err = c.compress(&s.b, "low")
+	if s.c, err = codecByName("zstd"); err == nil {
+		s.z, err = s.c.compress(&s.b, "low")
 	}
 	return s, err
 }
@@ -1519,11 +1504,7 @@ func (s *spool) open() (io.Reader, error) {
 	if err := s.z.Close(); err != nil {
 		return nil, err
 	}
-	c, err := codecByName("zstd")
-	if err != nil {
-		return nil, err
-	}
-	return c.newReader(io.NewSectionReader(&s.b, 0, int64(s.b.size)))
+	return s.c.newReader(io.NewSectionReader(&s.b, 0, int64(s.b.size)))
 }
 
 // ---------------------------------------------------------------------------
@@ -1650,13 +1631,11 @@ type backupService struct {
 	running  atomic.Bool
 }
 
-var backupCapabilities = &backup.BackupCapabilitiesResult{Capabilities: []*backup.BackupCapability{
-	{Type: &backup.BackupCapability_Rpc{Rpc: &backup.BackupCapability_RPC{Type: backup.BackupCapability_RPC_TYPE_BACKUP}}},
-}}
-
 // GetCapabilities is part of each handshake: it only hands out a constant.
 func (s *backupService) GetCapabilities(context.Context, *backup.BackupCapabilitiesRequest) (*backup.BackupCapabilitiesResult, error) {
-	return backupCapabilities, nil
+	return &backup.BackupCapabilitiesResult{Capabilities: []*backup.BackupCapability{
+		{Type: &backup.BackupCapability_Rpc{Rpc: &backup.BackupCapability_RPC{Type: backup.BackupCapability_RPC_TYPE_BACKUP}}},
+	}}, nil
 }
 
 // Backup takes a base backup into the cluster's archive store. The operator sets no
@@ -1701,7 +1680,7 @@ const placeMetadata = "place"
 // no reason to call a good backup failed: the primary's next maintenance does it.
 func (s *backupService) record(ctx context.Context, ref StoreRef, info *BackupInfo, err error) {
 	s.report.found(ref, conditionBackup, "BackupFailed", err)
-	var first, last *metav1.Time
+	var catalog *Catalog
 	var listErr error
 	if err == nil {
 		var damage error
@@ -1710,7 +1689,10 @@ func (s *backupService) record(ctx context.Context, ref StoreRef, info *BackupIn
 				"an earlier backup may have them whole", info.ID, info.BadPageCount, strings.Join(info.BadPages[:min(10, len(info.BadPages))], " "))
 		}
 		s.report.found(ref, conditionPages, "BadPages", damage)
-		first, last, listErr = s.recoverability(ctx, ref)
+		var store *Store
+		if store, listErr = s.source.Store(ctx, ref); listErr == nil {
+			catalog, listErr = store.Catalog(ctx)
+		}
 	}
 	now := metav1.Now()
 	statusErr := s.source.UpdateStatus(ctx, ref, func(w *RecoveryWindow, st *ServerStatus) {
@@ -1719,7 +1701,7 @@ func (s *backupService) record(ctx context.Context, ref StoreRef, info *BackupIn
 			return
 		}
 		if listErr == nil {
-			w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = first, last
+			w.FirstRecoverabilityPoint, w.LastSuccessfulBackupTime = catalog.recoverability()
 		}
 		st.LastBackup = &LastBackup{ID: info.ID, Instance: s.instance, Seconds: int64(info.EndTime.Sub(info.BeginTime).Seconds()),
 			Bytes: info.bytes, StoredBytes: info.storedBytes, BadPages: info.BadPageCount}
@@ -1783,20 +1765,6 @@ func backupPlace(cluster *Cluster, archive StoreRef, parameters map[string]strin
 			errParameters, place.ObjectStore, cluster.Name, strings.Join(slices.Compact(slices.Sorted(slices.Values(stores))), ", "))
 	}
 	return place, nil
-}
-
-// recoverability reads the catalog for the two ends of the recovery window.
-func (s *backupService) recoverability(ctx context.Context, ref StoreRef) (first, last *metav1.Time, err error) {
-	store, err := s.source.Store(ctx, ref)
-	if err != nil {
-		return nil, nil, err
-	}
-	catalog, err := store.Catalog(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	first, last = catalog.recoverability()
-	return first, last, nil
 }
 
 // recoverability is the end of the oldest and of the newest backup that is done, nil

@@ -979,7 +979,7 @@ func TestBackupOfChangingFiles(t *testing.T) {
 			}
 			buffer := make([]byte, 64<<10)
 			for _, name := range []string{"file", "gone"} { // gone was listed, and vanished before it was opened
-				if err := b.copyFile(t.Context(), &tree{name: "data"}, &a, file{name, filepath.Join(dir, name)}, buffer); err != nil {
+				if err := b.copyFile(t.Context(), &tree{name: "data", root: dir}, &a, name, buffer); err != nil {
 					t.Fatal(err)
 				}
 			}
