@@ -423,30 +423,25 @@ func listArchives(ctx context.Context, s *Store, b *BackupInfo) ([]dataArchive, 
 		found[m[1]] = dataArchive{object: o, name: m[1], codec: codecs[i]}
 	}
 	var archives []dataArchive
-	take := func(tree string, oid uint32, what string) error {
+	for _, t := range append([]Tablespace{{}}, b.Tablespaces...) {
+		tree, what := "data", "data.tar"
+		if t.OID != 0 {
+			tree, what = fmt.Sprint(t.OID), fmt.Sprintf("%d.tar (tablespace %q)", t.OID, t.Name)
+		}
 		n := 0
 		for ; found[archiveName(tree, n)].codec != nil; n++ {
 			a := found[archiveName(tree, n)]
-			a.oid, a.number = oid, n
+			a.oid, a.number = t.OID, n
 			archives = append(archives, a)
 			delete(found, a.name)
 		}
 		for name, a := range found {
 			if strings.HasPrefix(name, tree+"_") {
-				return fmt.Errorf("%w: there is %s, but no %s.tar, number %d of its archives", errNoRecoverable, s.URL(a.Key), archiveName(tree, n), n)
+				return nil, fmt.Errorf("%w: there is %s, but no %s.tar, number %d of its archives", errNoRecoverable, s.URL(a.Key), archiveName(tree, n), n)
 			}
 		}
 		if n == 0 {
-			return fmt.Errorf("%w: there is no %s at %s", errNoRecoverable, what, s.URL(prefix))
-		}
-		return nil
-	}
-	if err := take("data", 0, "data.tar"); err != nil {
-		return nil, err
-	}
-	for _, t := range b.Tablespaces {
-		if err := take(fmt.Sprint(t.OID), t.OID, fmt.Sprintf("%d.tar (tablespace %q)", t.OID, t.Name)); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%w: there is no %s at %s", errNoRecoverable, what, s.URL(prefix))
 		}
 	}
 	for _, a := range found {
@@ -505,14 +500,18 @@ const (
 // complete, the first WAL segment is there, and the directories are missing or empty.
 // When it returns nil everything is on disk; after an error, or when it is interrupted,
 // there is no global/pg_control, so that nothing takes the directory for a database.
-func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOptions) error {
-	fail := func(err error) error { return fmt.Errorf("restore backup %s: %w", b.ID, err) }
+func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOptions) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("restore backup %s: %w", b.ID, err)
+		}
+	}()
 	archives, err := listArchives(ctx, s, b)
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	if err := checkFirstWAL(ctx, s, b); err != nil {
-		return fail(err)
+		return err
 	}
 	r := &restorer{store: s, backup: b, read: startProgress("restore"), tablespaces: map[uint32]*targetDir{}, winners: map[string]int{}}
 	defer r.read.stop()
@@ -520,13 +519,13 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 		r.read.total.Add(a.Size)
 	}
 	if err := r.plan(o); err != nil {
-		return fail(err)
+		return err
 	}
 	defer r.close()
 	if err := r.open(); err != nil {
-		return fail(err)
+		return err
 	}
-	err = r.extractAll(ctx, archives, max(1, cmp.Or(o.Jobs, s.jobs())))
+	err = r.extractAll(ctx, archives, max(1, cmp.Or(o.Jobs, s.jobs())), func(err error) error { return err })
 	if err == nil {
 		_, err = r.sums.check(b.BeginLSN)
 	}
@@ -537,9 +536,9 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 		err = r.finish()
 	}
 	if err != nil {
-		return fail(fmt.Errorf("%w (what was restored so far stays in %s, unusable, until it is removed or the restore is run again)", err, strings.Join(r.paths(), ", ")))
+		err = fmt.Errorf("%w (what was restored so far stays in %s, unusable, until it is removed or the restore is run again)", err, strings.Join(r.paths(), ", "))
 	}
-	return nil
+	return err
 }
 
 // restorer is one restore in progress.
@@ -549,6 +548,7 @@ type restorer struct {
 	data        *targetDir
 	wal         *targetDir            // nil when pg_wal is a directory in PGDATA
 	tablespaces map[uint32]*targetDir // by OID
+	targets     []*targetDir          // all of these, PGDATA first
 	// inside are the tablespace directories below PGDATA. Barman stores their files in
 	// data.tar as well as in their own archives, of which the latter count.
 	inside []string
@@ -580,12 +580,13 @@ func (r *restorer) plan(o restoreOptions) error {
 		if err != nil {
 			return nil, err
 		}
-		for _, t := range r.targets() {
+		for _, t := range r.targets {
 			if t.path == dir {
 				return nil, fmt.Errorf("%s would be two of data directory, WAL directory and tablespaces at once: give --tablespace NAME:PATH another path", dir)
 			}
 		}
 		t := &targetDir{path: dir}
+		r.targets = append(r.targets, t)
 		if r.data != nil && r.data.leftover {
 			note, err := os.ReadFile(filepath.Join(r.data.path, incompleteFile))
 			if err != nil {
@@ -610,8 +611,8 @@ func (r *restorer) plan(o restoreOptions) error {
 		location := t.Location
 		// A tablespace inside PGDATA goes where PGDATA goes; the location of one made
 		// with allow_in_place_tablespaces is relative to it.
-		if rel, err := filepath.Rel(cmp.Or(r.backup.PGData, "/"), location); err == nil && r.backup.PGData != "" && filepath.IsLocal(rel) {
-			location = filepath.Join(r.data.path, rel)
+		if name, inside := below(r.backup.PGData, location); inside {
+			location = filepath.Join(r.data.path, name)
 		} else if !filepath.IsAbs(location) {
 			location = filepath.Join(r.data.path, location)
 		}
@@ -621,8 +622,8 @@ func (r *restorer) plan(o restoreOptions) error {
 		}
 		for _, original := range []string{t.Location, r.tablespaces[t.OID].path} {
 			for _, base := range []string{r.backup.PGData, r.data.path} {
-				if rel, err := filepath.Rel(base, original); err == nil && base != "" && filepath.IsLocal(rel) {
-					r.inside = append(r.inside, filepath.ToSlash(rel))
+				if name, inside := below(base, original); inside {
+					r.inside = append(r.inside, name)
 				}
 			}
 		}
@@ -635,19 +636,8 @@ func (r *restorer) plan(o restoreOptions) error {
 	return nil
 }
 
-// targets are all directories of the restore, PGDATA first.
-func (r *restorer) targets() []*targetDir {
-	var all []*targetDir
-	for _, t := range append([]*targetDir{r.data, r.wal}, slices.Collect(maps.Values(r.tablespaces))...) {
-		if t != nil {
-			all = append(all, t)
-		}
-	}
-	return all
-}
-
 func (r *restorer) paths() (paths []string) {
-	for _, t := range r.targets() {
+	for _, t := range r.targets {
 		paths = append(paths, t.path)
 	}
 	slices.Sort(paths[1:])
@@ -676,7 +666,7 @@ func (t *targetDir) check() error {
 func (r *restorer) open() error {
 	note := fmt.Sprintf("A restore of backup %s began here at %s and has not ended.\nIf none is running, and there is no global/pg_control, the directory is unusable and can be removed.\n",
 		r.backup.ID, time.Now().UTC().Format(time.RFC3339))
-	for _, t := range r.targets() {
+	for _, t := range r.targets {
 		if err := os.MkdirAll(t.path, minDirMode); err != nil {
 			return err
 		}
@@ -741,7 +731,7 @@ func (t *targetDir) clear() error {
 }
 
 func (r *restorer) close() {
-	for _, t := range r.targets() {
+	for _, t := range r.targets {
 		if t.root != nil {
 			t.root.Close()
 		}
@@ -751,8 +741,9 @@ func (r *restorer) close() {
 	}
 }
 
-// extractAll extracts the archives, several at once, each as one stream.
-func (r *restorer) extractAll(ctx context.Context, archives []dataArchive, jobs int) error {
+// extractAll extracts the archives, several at once, each as one stream. judge says which
+// failure ends it.
+func (r *restorer) extractAll(ctx context.Context, archives []dataArchive, jobs int, judge func(error) error) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(jobs)
 	for _, a := range archives {
@@ -760,7 +751,7 @@ func (r *restorer) extractAll(ctx context.Context, archives []dataArchive, jobs 
 			if err := ctx.Err(); err != nil {
 				return err // another archive has failed
 			}
-			return r.extract(ctx, a)
+			return judge(r.extract(ctx, a))
 		})
 	}
 	return g.Wait()
@@ -776,7 +767,7 @@ func (r *restorer) extract(ctx context.Context, a dataArchive) error {
 	if body.Size != a.Size {
 		return fmt.Errorf("%s: it has %d bytes, and had %d in the listing: somebody is writing to this backup", r.store.URL(a.Key), body.Size, a.Size)
 	}
-	return r.store.judged(a.Key, r.unpack(a, progressReader{body, r.read}))
+	return r.store.judged(a.Key, r.unpack(a, io.TeeReader(body, r.read)))
 }
 
 // unpack reads an archive from its first to its last byte: codec, tar, files.
@@ -806,20 +797,14 @@ func (r *restorer) unpack(a dataArchive, stored io.Reader) error {
 		return fmt.Errorf("%w: it ends without the end-of-archive mark, so it is not complete", errDamaged)
 	}
 	// What follows is padding, but only at its very end can the codec check the stream.
-	_, err = io.CopyBuffer(io.Discard, struct{ io.Reader }{stream}, buffer)
+	_, err = io.Copy(io.Discard, stream)
 	return err
 }
 
-// progressReader counts what is read of an object.
-type progressReader struct {
-	io.Reader
-	*progress
-}
-
-func (p progressReader) Read(b []byte) (int, error) {
-	n, err := p.Reader.Read(b)
-	p.done.Add(int64(n))
-	return n, err
+// Write counts what is read of an object, by way of a TeeReader.
+func (p *progress) Write(b []byte) (int, error) {
+	p.done.Add(int64(len(b)))
+	return len(b), nil
 }
 
 // endReader notices when its reader was asked for more than there was. It fills what it is
@@ -854,7 +839,7 @@ const (
 )
 
 // entry restores one entry of an archive.
-func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer []byte) error {
+func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer []byte) (err error) {
 	if h.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
@@ -874,16 +859,20 @@ func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer
 				return fmt.Errorf("%w: it is a sparse file, which no backup has", errDamaged)
 			}
 		}
-		summed, err := r.sums.reader(listed, content)
-		switch {
-		case err != nil:
-		case t == nil: // left out, or only to be verified
-			_, err = io.CopyBuffer(io.Discard, struct{ io.Reader }{summed}, buffer)
-		default:
-			err = r.file(t, a, name, fs.FileMode(h.Mode)&maxFileMode|minFileMode, summed, buffer)
+		var summed summedFile
+		if listed == manifestFile {
+			if summed.keep, err = newSpool(); err != nil {
+				return err
+			}
+		}
+		content = io.TeeReader(content, &summed)
+		if t == nil { // left out, or only to be verified
+			_, err = io.Copy(io.Discard, content)
+		} else {
+			err = r.file(t, a, name, fs.FileMode(h.Mode)&maxFileMode|minFileMode, content, buffer)
 		}
 		if err == nil {
-			r.sums.add(listed, summed)
+			r.sums.add(listed, &summed)
 		}
 		return err
 	}
@@ -991,8 +980,7 @@ func (t *targetDir) write(name string, mode fs.FileMode, content io.Reader, buff
 			err = closeErr
 		}
 	}()
-	// A bare Writer and Reader, lest io.CopyBuffer take their shortcuts around the buffer.
-	_, err = io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{content}, buffer)
+	_, err = io.CopyBuffer(struct{ io.Writer }{f}, content, buffer) // a bare Writer, lest it take its shortcut around the buffer
 	return err
 }
 
@@ -1059,43 +1047,31 @@ func fileSum(name string, size int64, crc uint32) [2]uint64 {
 	return [2]uint64{maphash.String(nameSeed, name), uint64(crc)<<32 | uint64(uint32(size))}
 }
 
-// summedReader computes size and CRC-32C of what is read from it.
-type summedReader struct {
-	io.Reader
+// summedFile has size and CRC-32C of what is written to it.
+type summedFile struct {
 	size int64
 	crc  uint32
 	keep *spool // where the manifest goes
 }
 
-func (r *summedReader) Read(b []byte) (int, error) {
-	n, err := r.Reader.Read(b)
-	r.size += int64(n)
-	r.crc = crc32.Update(r.crc, castagnoli, b[:n])
-	if r.keep != nil {
-		if _, err := r.keep.z.Write(b[:n]); err != nil {
-			return n, err
-		}
+func (f *summedFile) Write(b []byte) (int, error) {
+	f.size += int64(len(b))
+	f.crc = crc32.Update(f.crc, castagnoli, b)
+	if f.keep != nil {
+		return f.keep.z.Write(b)
 	}
-	return n, err
-}
-
-func (s *fileSums) reader(name string, content io.Reader) (r *summedReader, err error) {
-	r = &summedReader{Reader: content}
-	if name == manifestFile {
-		r.keep, err = newSpool()
-	}
-	return r, err
+	return len(b), nil
 }
 
 // add remembers a file that was read to its end.
-func (s *fileSums) add(name string, r *summedReader) {
+func (s *fileSums) add(name string, f *summedFile) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if r.keep != nil {
-		s.manifest = r.keep
+	if f.keep != nil {
+		s.manifest = f.keep
 		return
 	}
-	s.files = append(s.files, fileSum(name, r.size, r.crc))
+	s.files = append(s.files, fileSum(name, f.size, f.crc))
 }
 
 // maxDifferences bounds what one error lists.
@@ -1219,32 +1195,32 @@ func (r *restorer) finish() error {
 		}
 	}
 
-	for _, t := range r.targets() {
-		if err := t.sync(); err != nil {
-			return err
+	for _, t := range r.targets {
+		// The whole file system, and the errors that writes to it have met since the mark was opened (syncfs(2), since Linux 5.8).
+		if err := unix.Syncfs(int(t.mark.Fd())); err != nil {
+			return &fs.PathError{Op: "sync the file system of", Path: t.path, Err: err}
 		}
 	}
 	// The mark of PGDATA goes last, when pg_control has made it a database: until then it
 	// stands for the others, which it lists, too.
-	_, err := r.data.mark.WriteString(strings.Join(r.paths(), "\n"))
-	if err == nil {
-		err = r.data.mark.Sync()
+	if _, err := r.data.mark.WriteString(strings.Join(r.paths(), "\n")); err != nil {
+		return err
 	}
-	for _, t := range r.targets()[1:] {
-		if err == nil {
-			err = t.unmark()
+	if err := r.data.mark.Sync(); err != nil {
+		return err
+	}
+	for _, t := range r.targets[1:] {
+		if err := t.unmark(); err != nil {
+			return err
 		}
 	}
-	if err == nil {
-		err = root.Rename(controlFile+stagedSuffix, controlFile)
+	if err := root.Rename(controlFile+stagedSuffix, controlFile); err != nil {
+		return err
 	}
-	if err == nil {
-		err = r.data.syncDir("global")
+	if err := syncDir(root, "global"); err != nil {
+		return err
 	}
-	if err == nil {
-		err = r.data.unmark()
-	}
-	return err
+	return r.data.unmark()
 }
 
 // unmark says that a directory is complete.
@@ -1252,26 +1228,12 @@ func (t *targetDir) unmark() error {
 	if err := t.root.Remove(incompleteFile); err != nil {
 		return err
 	}
-	return t.syncDir(".")
-}
-
-// sync writes the whole file system of a directory to disk. Errors that earlier writes
-// met are reported here too (syncfs(2), since Linux 5.8).
-func (t *targetDir) sync() error {
-	d, err := t.root.Open(".")
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return &fs.PathError{Op: "sync the file system of", Path: t.path, Err: err}
-	}
-	return nil
+	return syncDir(t.root, ".")
 }
 
 // syncDir makes the names in a directory durable.
-func (t *targetDir) syncDir(name string) error {
-	d, err := t.root.Open(name)
+func syncDir(root *os.Root, name string) error {
+	d, err := root.Open(name)
 	if err != nil {
 		return err
 	}
@@ -1361,11 +1323,16 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 	if _, err := s.BackupObjects(ctx, catalog); err != nil {
 		return nil, err
 	}
+	var done []*verifiedBackup
 	for _, b := range catalog.all() {
-		if id == "" || b.ID == id {
-			verified := &verifiedBackup{ID: b.ID, Status: b.Status, BadPages: b.BadPageCount, info: b}
-			v.problem(&verified.Problems, catalog.Unreadable[b.ID])
-			v.Backups = append(v.Backups, verified)
+		if id != "" && b.ID != id {
+			continue
+		}
+		verified := &verifiedBackup{ID: b.ID, Status: b.Status, BadPages: b.BadPageCount, info: b}
+		v.problem(&verified.Problems, catalog.Unreadable[b.ID])
+		v.Backups = append(v.Backups, verified)
+		if b.Done() {
+			done = append(done, verified)
 		}
 	}
 	switch {
@@ -1376,24 +1343,19 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 		return nil, fmt.Errorf("%w: there is no backup %s at %s", errNoBackup, id, s.URL(s.key("base/")))
 	}
 
-	var done []*verifiedBackup
-	for _, b := range v.Backups {
-		if !b.info.Done() {
-			continue
-		}
-		done = append(done, b)
+	for _, b := range done {
 		if b.archives, err = listArchives(ctx, s, b.info); err != nil {
 			if err := v.problem(&b.Problems, err); err != nil {
 				return nil, err
 			}
 		}
+		b.Archives = len(b.archives)
 		for _, a := range b.archives {
 			b.Bytes += a.Size
-			b.Archives++
 		}
 		v.read.total.Add(b.Bytes)
 	}
-	wal, err := v.findWAL(ctx, done)
+	wal, systemIDs, err := v.findWAL(ctx, done)
 	if err != nil {
 		return nil, err
 	}
@@ -1405,7 +1367,12 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(s.Config.Configuration.WAL.MaxParallel, defaultJobs))
 	for _, o := range wal {
-		g.Go(func() error { return v.problem(&v.WAL.Problems, v.verifyWAL(ctx, o)) })
+		g.Go(func() error {
+			defer v.read.done.Add(o.Size)
+			name, _ := parseWALName(o.Name) // a segment, see findWAL
+			_, err := readSegment(ctx, s, o, name, io.Discard, systemIDs[o.Name])
+			return v.problem(&v.WAL.Problems, err)
+		})
 	}
 	err = g.Wait()
 	slices.Sort(v.WAL.Problems)
@@ -1415,45 +1382,30 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 // verifyBackup reads the archives of a backup to their ends.
 func (v *verification) verifyBackup(ctx context.Context, b *verifiedBackup) error {
 	r := &restorer{store: v.store, backup: b.info, read: v.read}
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(v.store.jobs())
-	for _, a := range b.archives {
-		g.Go(func() error {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			return v.problem(&b.Problems, r.extract(ctx, a))
-		})
-	}
-	if err := g.Wait(); err != nil {
+	problem := func(err error) error { return v.problem(&b.Problems, err) }
+	if err := r.extractAll(ctx, b.archives, v.store.jobs(), problem); err != nil {
 		return err
 	}
 	b.Files = len(r.sums.files)
 	control := fileSum(controlFile, 0, 0)[0]
 	if b.archives != nil && !slices.ContainsFunc(r.sums.files, func(f [2]uint64) bool { return f[0] == control }) {
-		v.problem(&b.Problems, fmt.Errorf("%w: no archive of the backup has %s: the last one is missing, or cannot be read", errDamaged, controlFile))
+		problem(fmt.Errorf("%w: no archive of the backup has %s: the last one is missing, or cannot be read", errDamaged, controlFile))
 	}
 	var err error
 	b.Manifest, err = r.sums.check(b.info.BeginLSN)
-	return v.problem(&b.Problems, err)
-}
-
-// neededWAL is a stored form of a segment that some backup needs.
-type neededWAL struct {
-	walObject
-	systemID uint64
+	return problem(err)
 }
 
 // maxVerifiedSegments bounds what one name in the bucket can ask for: 16 TiB of WAL in most clusters.
 const maxVerifiedSegments = 1 << 20
 
 // findWAL finds out which segments the backups need, tells those that are not there, and
-// returns the stored forms of the others.
-func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) ([]neededWAL, error) {
+// returns the stored forms of the others, and the system identifiers that they must have.
+func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (found []walObject, systemIDs map[string]uint64, err error) {
 	stored, newest, histories := map[string][]walObject{}, map[uint32]string{}, timelineHistories{}
 	for o, err := range v.store.List(ctx, v.store.key("wals/")) {
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		o := newWALObject(o)
 		w, err := parseWALName(o.Name)
@@ -1465,7 +1417,7 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 		case w.Kind == walHistory:
 			histories[w.Timeline], err = readHistory(ctx, v.store, o)
 			if err := v.problem(&v.WAL.Problems, err); err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 		}
 	}
@@ -1475,7 +1427,7 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 			v.problem(&v.WAL.Problems, fmt.Errorf("%w: %08X.history, of a timeline that has segments", errWALMissing, t))
 		}
 	}
-	needed := map[string]uint64{} // to system identifiers
+	systemIDs = map[string]uint64{} // of the needed segments
 	for _, b := range backups {
 		begin, beginErr := parseLSN(b.info.BeginLSN)
 		end, endErr := parseLSN(b.info.EndLSN)
@@ -1503,22 +1455,18 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 		}
 		for _, name := range requiredSegments(begin, end, timeline, histories[timeline], size) {
 			if !slices.Contains(b.info.WALInBackup, name) {
-				needed[name] = systemID
+				systemIDs[name] = systemID
 			}
 		}
 	}
-	var found []neededWAL
 	var gap []string
 	tell := func() {
-		switch n := len(gap); {
-		case n == 1:
-			v.problem(&v.WAL.Problems, fmt.Errorf("%w: %s", errWALMissing, gap[0]))
-		case n > 1:
-			v.problem(&v.WAL.Problems, fmt.Errorf("%w: %s to %s (%d segments)", errWALMissing, gap[0], gap[n-1], n))
+		if n := len(gap); n > 0 {
+			v.problem(&v.WAL.Problems, fmt.Errorf("%w: %s", errWALMissing, gapName(gap[0], gap[n-1], n)))
 		}
 		gap = nil
 	}
-	for _, name := range slices.Sorted(maps.Keys(needed)) {
+	for _, name := range slices.Sorted(maps.Keys(systemIDs)) {
 		v.WAL.From, v.WAL.To = cmp.Or(v.WAL.From, name), name
 		if len(stored[name]) == 0 {
 			gap = append(gap, name)
@@ -1526,25 +1474,14 @@ func (v *verification) findWAL(ctx context.Context, backups []*verifiedBackup) (
 		}
 		tell()
 		v.WAL.Segments++
+		found = append(found, stored[name]...)
 		for _, o := range stored[name] {
-			found = append(found, neededWAL{o, needed[name]})
 			v.WAL.Bytes += o.Size
 			v.read.total.Add(o.Size)
 		}
 	}
 	tell()
-	return found, nil
-}
-
-// verifyWAL reads and judges one stored form of a segment.
-func (v *verification) verifyWAL(ctx context.Context, o neededWAL) error {
-	name, err := parseWALName(o.Name)
-	if err != nil {
-		return err
-	}
-	_, err = readSegment(ctx, v.store, o.walObject, name, io.Discard, o.systemID)
-	v.read.done.Add(o.Size)
-	return err
+	return found, systemIDs, nil
 }
 
 // ---------------------------------------------------------------------------
@@ -1613,7 +1550,7 @@ func writeRecoverySettings(dir string, target *RecoveryTarget, restoreCommand st
 	if err := appendSynced(root, "recovery.signal", ""); err != nil {
 		return err
 	}
-	return (&targetDir{path: dir, root: root}).syncDir(".")
+	return syncDir(root, ".")
 }
 
 func appendSynced(root *os.Root, name, text string) error {
