@@ -486,6 +486,31 @@ func (s *session) query(ctx context.Context, sql string) ([][]string, error) {
 	return rows, nil
 }
 
+// row reads the values of the first row that a query returns.
+func (s *session) row(ctx context.Context, sql string, values ...any) error {
+	rows, err := s.query(ctx, sql)
+	if err != nil {
+		return err
+	}
+	for i, text := range rows[0] {
+		switch value := values[i].(type) {
+		case *string:
+			*value = text
+		case *bool:
+			*value = text == "t" || text == "on"
+		case *time.Time:
+			if *value, err = time.Parse(time.RFC3339Nano, text); err != nil {
+				return err
+			}
+		default:
+			if _, err := fmt.Sscan(text, value); err != nil {
+				return fmt.Errorf("%w: %q where a number is expected: %w", errServer, text, err)
+			}
+		}
+	}
+	return nil
+}
+
 // close ends the session and with it backup mode. It may be called twice.
 func (s *session) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
@@ -503,7 +528,10 @@ func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
 	if v, err := strconv.Atoi(strings.SplitN(s.conn.ParameterStatus("server_version"), ".", 2)[0]); err == nil && v >= 14 {
 		setup += "SET idle_session_timeout = 0;" // the session is idle while files are copied
 	}
-	rows, err := s.query(ctx, setup+`
+	info := &BackupInfo{ServerName: "cloud"}
+	var archiveMode string
+	var seconds float64
+	err := s.row(ctx, setup+`
 		SELECT current_setting('server_version_num'), current_setting('data_directory'),
 			current_setting('config_file'), current_setting('hba_file'), current_setting('ident_file'),
 			pg_is_in_recovery(), current_setting('archive_mode'),
@@ -514,22 +542,11 @@ func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
 				* current_setting('checkpoint_completion_target')::float8,
 			current_setting('data_checksums'), current_setting('block_size'),
 			(SELECT setting FROM pg_settings WHERE name = 'segment_size')
-		FROM pg_control_system()`)
+		FROM pg_control_system()`,
+		&info.Version, &info.PGData, &info.ConfigFile, &info.HBAFile, &info.IdentFile, &s.inRecovery, &archiveMode, &info.WALSegmentSize,
+		&info.SystemID, &s.catalog, &info.Timeline, &s.size, &seconds, &s.checksums, &s.blockSize, &s.blocksPerFile)
 	if err != nil {
 		return nil, err
-	}
-	row, archiveMode := rows[0], rows[0][6]
-	info := &BackupInfo{ServerName: "cloud", PGData: row[1], ConfigFile: row[2], HBAFile: row[3], IdentFile: row[4], SystemID: row[8]}
-	s.inRecovery, s.checksums = row[5] == "t", row[13] == "on"
-	var seconds float64
-	for _, number := range []struct {
-		text string
-		into any
-	}{{row[0], &info.Version}, {row[7], &info.WALSegmentSize}, {row[9], &s.catalog}, {row[10], &info.Timeline}, {row[11], &s.size}, {row[12], &seconds},
-		{row[14], &s.blockSize}, {row[15], &s.blocksPerFile}} {
-		if _, err := fmt.Sscan(number.text, number.into); err != nil {
-			return nil, fmt.Errorf("%w: %q where a number is expected: %w", errServer, number.text, err)
-		}
 	}
 	s.checkpointDuration = time.Duration(seconds * float64(time.Second)).Round(time.Second)
 	s.major = info.Version / 10000
@@ -539,7 +556,7 @@ func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
 	if !s.inRecovery && archiveMode == "off" {
 		return nil, fmt.Errorf("%w: archive_mode is off, and without its WAL no backup can be restored: set archive_mode and archive_command", errSetup)
 	}
-	rows, err = s.query(ctx, `SELECT DISTINCT sourcefile FROM pg_settings
+	rows, err := s.query(ctx, `SELECT DISTINCT sourcefile FROM pg_settings
 		WHERE sourcefile IS NOT NULL AND sourcefile <> current_setting('config_file') ORDER BY 1`)
 	for _, row := range rows {
 		info.IncludedFiles = append(info.IncludedFiles, row[0])
@@ -553,19 +570,14 @@ func (s *session) startBackup(ctx context.Context, info *BackupInfo, immediate b
 	if s.major < 15 {
 		function = "pg_start_backup('%s', %t, false)" // the last argument: not exclusive
 	}
-	rows, err := s.query(ctx, fmt.Sprintf("SELECT to_char(now() AT TIME ZONE 'UTC', '%s'), "+function,
-		sqlTime, "Barman backup cloud "+info.ID, immediate))
-	if err != nil {
+	start := fmt.Sprintf("SELECT to_char(now() AT TIME ZONE 'UTC', '%s'), "+function, sqlTime, "Barman backup cloud "+info.ID, immediate)
+	if err := s.row(ctx, start, &info.BeginTime, &info.BeginLSN); err != nil {
 		return fmt.Errorf("start the backup: %w", err)
-	}
-	info.BeginLSN = rows[0][1]
-	if info.BeginTime, err = time.Parse(time.RFC3339Nano, rows[0][0]); err != nil {
-		return err
 	}
 	// Only now: the WAL of the backup makes tablespaces that come later, but not one that
 	// came while the checkpoint was being waited for. One with a relative location
 	// (allow_in_place_tablespaces) is an ordinary directory below pg_tblspc.
-	rows, err = s.query(ctx, `SELECT spcname, oid, pg_tablespace_location(oid) FROM pg_tablespace
+	rows, err := s.query(ctx, `SELECT spcname, oid, pg_tablespace_location(oid) FROM pg_tablespace
 		WHERE pg_tablespace_location(oid) LIKE '/%' ORDER BY spcname`)
 	if err != nil {
 		return fmt.Errorf("list the tablespaces: %w", err)
@@ -593,28 +605,17 @@ func (s *session) stopBackup(ctx context.Context, info *BackupInfo) (timeline ui
 	}
 	// The time is taken after the function has run, so that a recovery to any later time
 	// is past the end of the backup.
-	rows, err := s.query(ctx, fmt.Sprintf(`SELECT lsn, labelfile, to_char(clock_timestamp() AT TIME ZONE 'UTC', '%s') FROM %s`, sqlTime, function))
+	stop := fmt.Sprintf(`SELECT lsn, labelfile, to_char(clock_timestamp() AT TIME ZONE 'UTC', '%s') FROM %s`, sqlTime, function)
+	err = s.row(ctx, stop, &info.EndLSN, &info.BackupLabel, &info.EndTime)
+	if err == nil && s.inRecovery {
+		// On a standby the end is the minimum recovery point of pg_control, which may be
+		// on another timeline than the start.
+		err = s.row(ctx, "SELECT min_recovery_end_timeline FROM pg_control_recovery()", &timeline)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("stop the backup: %w", err)
 	}
-	info.EndLSN, info.BackupLabel = rows[0][0], rows[0][1]
-	if info.EndTime, err = time.Parse(time.RFC3339Nano, rows[0][2]); err != nil {
-		return 0, err
-	}
-	if !s.inRecovery {
-		return 0, nil
-	}
-	// On a standby the end is the minimum recovery point of pg_control, which may be
-	// on another timeline than the start.
-	rows, err = s.query(ctx, "SELECT min_recovery_end_timeline FROM pg_control_recovery()")
-	if err != nil {
-		return 0, fmt.Errorf("stop the backup: %w", err)
-	}
-	n, err := strconv.ParseUint(rows[0][0], 10, 32)
-	if err != nil {
-		return 0, fmt.Errorf("stop the backup: min_recovery_end_timeline: %w", err)
-	}
-	return uint32(n), nil
+	return timeline, nil
 }
 
 // ---------------------------------------------------------------------------
@@ -774,13 +775,13 @@ func (b *baseBackup) archiver(ctx context.Context) (last, state string) {
 	if b.session.inRecovery {
 		return "", "see why the primary does not archive it (its log, its pg_stat_archiver, and the log of container plugin-barman-cloud in its Pod)"
 	}
-	rows, err := b.session.query(ctx, "SELECT last_archived_wal, coalesce(last_failed_wal, 'nothing') FROM pg_stat_archiver")
+	var failed string
+	err := b.session.row(ctx, "SELECT last_archived_wal, coalesce(last_failed_wal, 'nothing') FROM pg_stat_archiver", &last, &failed)
 	if err != nil {
 		return "", "see why it is not archived (log of the server): " + err.Error()
 	}
-	last = rows[0][0]
 	return last, fmt.Sprintf("pg_stat_archiver says that the server last archived %s and last failed to archive %s; see its log, and that of the archive_command",
-		cmp.Or(last, "nothing"), rows[0][1])
+		cmp.Or(last, "nothing"), failed)
 }
 
 // ---------------------------------------------------------------------------
@@ -789,12 +790,12 @@ func (b *baseBackup) archiver(ctx context.Context) (last, state string) {
 
 // tree is a directory tree that is stored in a series of archives of its own.
 type tree struct {
-	name  string          // of the archives: data, or the OID of a tablespace
-	root  string          // absolute, without symbolic links
-	top   string          // below root, where the tree begins; "." for the data directory
-	skip  map[string]bool // names below root that are stored elsewhere or last
-	seen  map[[2]uint64]bool
-	names []string // directories, top-down
+	name        string          // of the archives: data, or the OID of a tablespace
+	root        string          // absolute, without symbolic links
+	top         string          // below root, where the tree begins; "." for the data directory
+	skip        map[string]bool // names below root that are stored elsewhere or last
+	seen        map[[2]uint64]bool
+	directories []tar.Header // top-down
 }
 
 // Names that never belong into a backup. The lists are PostgreSQL's own
@@ -824,15 +825,11 @@ var (
 // excluded says whether a name below the root is left out, with all that is below it.
 func (t *tree) excluded(name string) bool {
 	dir, base := path.Split(name)
-	switch {
-	case t.skip[name],
-		dir == "" && t.top == "." && transientFiles[base],
-		strings.HasPrefix(base, "pgsql_tmp"),
-		base == "pg_internal.init" || strings.HasPrefix(base, "pg_internal.init."),
-		temporaryRelation.MatchString(base) && databaseDirectory.MatchString(path.Clean(dir)):
-		return true
-	}
-	return false
+	return t.skip[name] ||
+		dir == "" && t.top == "." && transientFiles[base] ||
+		strings.HasPrefix(base, "pgsql_tmp") ||
+		base == "pg_internal.init" || strings.HasPrefix(base, "pg_internal.init.") ||
+		temporaryRelation.MatchString(base) && databaseDirectory.MatchString(path.Clean(dir))
 }
 
 // unlogged finds the relations of a directory that have an init fork. Of those nothing else
@@ -880,8 +877,9 @@ func readDirectory(name string, f func(fs.DirEntry) error) error {
 	}
 }
 
-// findDirectories fills t.names. Directories that appear later are none of ours: the WAL
-// of the backup makes them again.
+// findDirectories fills t.directories. Those that appear later are none of ours: the WAL
+// of the backup makes them again. The data directory itself is "./" with mode 0700,
+// which gives the restored directory the mode that PostgreSQL wants.
 func (t *tree) findDirectories(name string) error {
 	info, err := os.Stat(filepath.Join(t.root, name))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -897,20 +895,25 @@ func (t *tree) findDirectories(name string) error {
 		}
 		t.seen[id] = true
 	}
-	t.names = append(t.names, name)
+	header := headerOf(name+"/", info)
+	header.Typeflag = tar.TypeDir
+	if name == "." {
+		header.Mode = 0o700
+	}
+	t.directories = append(t.directories, header)
 	if t.contentsExcluded(name) {
 		return nil
 	}
-	var below []string
+	var children []string
 	err = readDirectory(filepath.Join(t.root, name), func(e fs.DirEntry) error {
 		child := path.Join(name, e.Name())
 		if (e.IsDir() || e.Type() == fs.ModeSymlink && t.follows(child)) && !t.excluded(child) {
-			below = append(below, child)
+			children = append(children, child)
 		}
 		return nil
 	})
-	for i := 0; i < len(below) && err == nil; i++ {
-		err = t.findDirectories(below[i])
+	for i := 0; i < len(children) && err == nil; i++ {
+		err = t.findDirectories(children[i])
 	}
 	return err
 }
@@ -935,7 +938,8 @@ func (t *tree) follows(name string) bool {
 
 // findFiles sends the names of the files of all directories.
 func (t *tree) findFiles(ctx context.Context, files chan<- string) error {
-	for _, dir := range t.names {
+	for _, header := range t.directories {
+		dir := path.Clean(header.Name)
 		if t.contentsExcluded(dir) {
 			continue
 		}
@@ -1066,8 +1070,8 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range t.names {
-		if err := b.addDirectory(first, t, name); err != nil {
+	for _, header := range t.directories {
+		if err := first.add(header, nil); err != nil {
 			return nil, err
 		}
 	}
@@ -1137,24 +1141,6 @@ func (b *baseBackup) copyFile(ctx context.Context, t *tree, a **archive, name st
 		return err
 	}
 	return nil
-}
-
-// addDirectory adds the entry of a directory; that of the data directory itself is "./"
-// with mode 0700, which gives the restored directory the mode that PostgreSQL wants.
-func (b *baseBackup) addDirectory(a *archive, t *tree, name string) error {
-	info, err := os.Stat(filepath.Join(t.root, name))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	header := headerOf(name+"/", info)
-	header.Typeflag = tar.TypeDir
-	if name == "." {
-		header.Mode = 0o700
-	}
-	return a.add(header, nil)
 }
 
 // addFile adds a regular file or a symbolic link to an archive. The server goes on
@@ -1428,10 +1414,7 @@ func manifestSum(crc uint32) string {
 func (m *manifest) add(name string, size int64, modified time.Time, crc uint32) error {
 	field := fmt.Sprintf(`"Encoded-Path": "%x"`, name)
 	if utf8.ValidString(name) {
-		quoted, err := json.Marshal(name)
-		if err != nil {
-			return err
-		}
+		quoted, _ := json.Marshal(name) // a string can be marshalled
 		field = `"Path": ` + string(quoted)
 	}
 	m.mu.Lock()
@@ -1647,9 +1630,7 @@ func (s *backupService) Backup(ctx context.Context, r *backup.BackupRequest) (*b
 	}
 	place, err := backupPlace(cluster, *ref, r.Parameters)
 	var info *BackupInfo
-	if err != nil {
-		place = *ref
-	} else {
+	if err == nil {
 		info, err = s.backup(ctx, *ref, place)
 	}
 	tell, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
@@ -1740,7 +1721,7 @@ func (s *backupService) backup(ctx context.Context, archive, place StoreRef) (*B
 	return takeBackup(ctx, store, o)
 }
 
-// backupPlace is where a Backup goes: to the archive of the cluster, unless its parameters
+// backupPlace is where a Backup goes, and where an error is reported: to the archive of the cluster, unless its parameters
 // name another store that the Cluster refers to, or another server name. Not to the server
 // that the cluster is recovered from or follows, though: its backups are another cluster's.
 func backupPlace(cluster *Cluster, archive StoreRef, parameters map[string]string) (StoreRef, error) {
@@ -1756,12 +1737,12 @@ func backupPlace(cluster *Cluster, archive StoreRef, parameters map[string]strin
 			continue
 		}
 		if stores = append(stores, other.ObjectStore); place == *other && place != archive {
-			return place, fmt.Errorf("%w: server name %q in ObjectStore %q is that of the cluster that this one comes from: choose another serverName",
+			return archive, fmt.Errorf("%w: server name %q in ObjectStore %q is that of the cluster that this one comes from: choose another serverName",
 				errParameters, place.ServerName, place.ObjectStore)
 		}
 	}
 	if !slices.Contains(stores, place.ObjectStore) {
-		return place, fmt.Errorf("%w: barmanObjectName is %q, which Cluster %s does not refer to; it refers to %s",
+		return archive, fmt.Errorf("%w: barmanObjectName is %q, which Cluster %s does not refer to; it refers to %s",
 			errParameters, place.ObjectStore, cluster.Name, strings.Join(slices.Compact(slices.Sorted(slices.Values(stores))), ", "))
 	}
 	return place, nil
