@@ -605,9 +605,9 @@ func (r *restorer) plan(o restoreOptions) error {
 			return err
 		}
 	}
-	known := map[string]bool{}
+	var known []string
 	for _, t := range r.backup.Tablespaces {
-		known[t.Name] = true
+		known = append(known, t.Name)
 		location := t.Location
 		// A tablespace inside PGDATA goes where PGDATA goes; the location of one made
 		// with allow_in_place_tablespaces is relative to it.
@@ -629,8 +629,8 @@ func (r *restorer) plan(o restoreOptions) error {
 		}
 	}
 	for name := range o.Tablespaces {
-		if !known[name] {
-			return fmt.Errorf("the backup has no tablespace %q, only %q", name, slices.Sorted(maps.Keys(known)))
+		if !slices.Contains(known, name) {
+			return fmt.Errorf("the backup has no tablespace %q, only %q", name, slices.Sorted(slices.Values(known)))
 		}
 	}
 	return nil
@@ -966,22 +966,17 @@ func (r *restorer) file(t *targetDir, a dataArchive, name string, mode fs.FileMo
 }
 
 // write creates a file. It does not touch one that exists.
-func (t *targetDir) write(name string, mode fs.FileMode, content io.Reader, buffer []byte) (err error) {
+func (t *targetDir) write(name string, mode fs.FileMode, content io.Reader, buffer []byte) error {
 	var f *os.File
-	err = t.withParent(name, func() (err error) {
+	err := t.withParent(name, func() (err error) {
 		f, err = t.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if closeErr := f.Close(); err == nil {
-			err = closeErr
-		}
-	}()
 	_, err = io.CopyBuffer(struct{ io.Writer }{f}, content, buffer) // a bare Writer, lest it take its shortcut around the buffer
-	return err
+	return cmp.Or(err, f.Close())                                   // the first error
 }
 
 // directory makes a directory, or gives one that is there its mode.
@@ -1559,13 +1554,7 @@ func appendSynced(root *os.Root, name, text string) error {
 		return err
 	}
 	_, err = f.WriteString(text)
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	return err
+	return cmp.Or(err, f.Sync(), f.Close()) // the first error
 }
 
 // ---------------------------------------------------------------------------
@@ -1602,27 +1591,20 @@ func (r *restoreJobService) Restore(ctx context.Context, request *job.RestoreReq
 		return nil, grpcError(err)
 	}
 	err = r.restore(ctx, cluster, request.CheckEmptyWalArchive)
-	r.record(ctx, cluster, err)
+	if ref := cluster.RecoveryStore(); ref != nil {
+		// Told while there is somebody to tell it: the Pod, and its log with it, may soon be gone. It goes
+		// under the name of the new Cluster, since the server name is that of the old one.
+		r.report.found(StoreRef{ref.ObjectStore, cluster.Name}, conditionRestored, "RestoreFailed", err)
+		tell, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+		defer cancel()
+		if err := r.report.tell(tell); err != nil {
+			slog.Warn("Cannot tell how the restore ended", "error", err)
+		}
+	}
 	if err != nil {
 		return nil, grpcError(fmt.Errorf("restore Cluster %s: %w", cluster.Name, err))
 	}
 	return &job.RestoreResponse{RestoreConfig: recoveryConfig}, nil
-}
-
-// record tells how the restore ended, while there is somebody to tell it: the Pod, and its
-// log with it, may soon be gone. It goes under the name of the new Cluster, since the
-// server name is that of the old one.
-func (r *restoreJobService) record(ctx context.Context, cluster *Cluster, err error) {
-	ref := cluster.RecoveryStore()
-	if ref == nil {
-		return // the operator never asks for that
-	}
-	r.report.found(StoreRef{ref.ObjectStore, cluster.Name}, conditionRestored, "RestoreFailed", err)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
-	defer cancel()
-	if err := r.report.tell(ctx); err != nil {
-		slog.Warn("Cannot tell how the restore ended", "error", err)
-	}
 }
 
 func (r *restoreJobService) restore(ctx context.Context, cluster *Cluster, check *bool) error {
