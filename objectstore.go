@@ -2058,7 +2058,7 @@ func newZstdWriter(w io.Writer, level int) (io.WriteCloser, error) {
 		z.Reset(w)
 		return &zstdWriter{z, pool}, nil
 	}
-	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(speed), zstd.WithEncoderConcurrency(2), zstd.WithWindowSize(zstdWindow))
+	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(speed), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(zstdWindow))
 	if err != nil {
 		return nil, err
 	}
