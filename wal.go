@@ -1060,6 +1060,8 @@ const maxWALFile = 1 << 30
 // bytes and its size. errDamaged means that it cannot be decompressed, is too long, or does
 // not have the checksum that it carries.
 func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []byte, size int64, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	r, err := s.Get(ctx, o.Key)
 	if err != nil {
 		return nil, 0, err
@@ -1077,9 +1079,8 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 		_, err := io.CopyBuffer(struct{ io.Writer }{pipe}, struct{ io.Reader }{io.LimitReader(z, maxWALFile+1)}, make([]byte, copyBufferSize))
 		pipe.CloseWithError(err) // nil is the end of the file
 	})
-	defer decompression.Wait()
-	defer decompressed.Close()
-	content := bufio.NewReaderSize(decompressed, copyBufferSize)
+	defer func() { decompressed.Close(); cancel(); decompression.Wait() }()
+	content := bufio.NewReader(decompressed)
 	first, _ := content.Peek(walLongHeaderSize) // less than that is told by Copy
 	header = slices.Clone(first)
 	summed := &sumWriter{w, sha256.New()}
