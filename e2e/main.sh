@@ -141,13 +141,15 @@ spec:
     - bash
     - -c
     - |
-      for p in /proc/[0-9]*; do
-        if grep -qs '$2' \$p/mountinfo && tr '\\0' ' ' <\$p/cmdline | grep -q '^/cnpg-barman-s3 sidecar'; then
+      # one grep for all of them: a busy node has hundreds
+      for p in \$(grep -ls '$2' /proc/[0-9]*/mountinfo); do
+        p=\${p%/mountinfo}
+        if tr '\\0' ' ' <\$p/cmdline | grep -q '^/cnpg-barman-s3 sidecar'; then
           kill -9 \${p#/proc/} && echo killed \$p && n=1
         fi
       done
       [ -n "\$n" ]
 YAML
-  wait_for 60 "end of pod killer" pod_ended killer
+  wait_for 180 "end of pod killer" pod_ended killer
   is pod/killer '{.status.phase}' Succeeded || fail "found no sidecar to kill in pod $1: $(k logs killer)"
 }

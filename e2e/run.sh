@@ -28,6 +28,7 @@
 #   S3_CA           namespace/name of a Secret with that CA as ca.crt         (default/s3-ca)
 #   CNPG_NAMESPACE  where its operator runs                 (cnpg-system)
 #   E2E_JOBS        tracks at a time                        (3)
+#   E2E_PATIENCE    every time limit is multiplied by it    (3)
 #   E2E_NAMESPACE   prefix of the namespaces, which must not exist; deleted at the end (barman-e2e-TIME)
 #   E2E_LOGS        where logs of a failure go              (bin/e2e-logs)
 #   E2E_KEEP        set it to keep the namespaces
@@ -90,13 +91,13 @@ collect() { # collect NAME: everything that may explain a failure, in files; the
   } | indent
 }
 
-wait_for() { # wait_for SECONDS WHAT COMMAND...
-  local limit=$1 what=$2 t0
+wait_for() { # wait_for SECONDS WHAT COMMAND...: on a slow machine that many times E2E_PATIENCE
+  local limit=$(($1 * ${E2E_PATIENCE:-3})) what=$2 t0
   shift 2
   t0=$(date +%s)
   until "$@" >/dev/null 2>&1; do
     [ $(($(date +%s) - t0)) -lt "$limit" ] || fail "still no $what after $limit s" || return 1
-    sleep 1
+    sleep 2 # kubectl itself takes half a second of a busy core
   done
 }
 field() { k get "$1" -o jsonpath="$2"; }
