@@ -86,7 +86,7 @@ kill_sidecar() {
   # random text, so that compressing and uploading takes a while
   sql pg-main "CREATE TABLE load AS SELECT id, (SELECT string_agg(md5(random()::text || n), '') FROM generate_series(id, id + 59) AS n) AS body FROM generate_series(1, 60000) AS id"
   # slowly, lest it is done before it is killed
-  k patch objectstore main-store --type merge -p '{"spec":{"configuration":{"data":{"additionalCommandArgs":["--max-bandwidth=1500kB"]}}}}' >/dev/null
+  k patch objectstore main-store --type merge -p '{"spec":{"configuration":{"data":{"additionalCommandArgs":["--max-bandwidth=500kB"]}}}}' >/dev/null
   apply examples/backup.yaml 's/pg-main-now/pg-main-killed/'
   wait_for 120 "backup that copies files" copying
   sql pg-main "INSERT INTO load SELECT id, md5(id::text) FROM generate_series(60001, 300000) AS id" &
