@@ -489,7 +489,7 @@ func (b *bench) startPostgreSQL() error {
 		}
 		return len(b.wal) > b.segments
 	})
-	load.Process.Signal(unix.SIGINT)
+	load.Process.Signal(unix.SIGTERM) // a job in the background may have been started with SIGINT ignored
 	load.Wait()
 	if err != nil {
 		return err
