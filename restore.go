@@ -776,7 +776,7 @@ func (r *restorer) unpack(a dataArchive, stored io.Reader) error {
 	if err != nil {
 		return err
 	}
-	stream := &endReader{r: z}
+	stream := &endReader{r: fullReader{z}}
 	archive := tar.NewReader(stream)
 	buffer := make([]byte, copyBufferSize)
 	for {
@@ -807,19 +807,14 @@ func (p *progress) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// endReader notices when its reader was asked for more than there was. It fills what it is
-// given, so that files are written in large pieces.
+// endReader notices when its reader was asked for more than there was.
 type endReader struct {
-	r     io.Reader
+	r     fullReader
 	ended bool
 }
 
-func (e *endReader) Read(b []byte) (n int, err error) {
-	for n < len(b) && err == nil {
-		var more int
-		more, err = e.r.Read(b[n:])
-		n += more
-	}
+func (e *endReader) Read(b []byte) (int, error) {
+	n, err := e.r.Read(b)
 	if n > 0 && err == io.EOF {
 		err = nil // it is said again by the next Read
 	}

@@ -1076,7 +1076,7 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 	decompressed, pipe := io.Pipe()
 	var decompression sync.WaitGroup
 	decompression.Go(func() {
-		_, err := io.CopyBuffer(struct{ io.Writer }{pipe}, struct{ io.Reader }{io.LimitReader(z, maxWALFile+1)}, make([]byte, copyBufferSize))
+		_, err := io.CopyBuffer(struct{ io.Writer }{pipe}, fullReader{io.LimitReader(z, maxWALFile+1)}, make([]byte, copyBufferSize))
 		pipe.CloseWithError(err) // nil is the end of the file
 	})
 	defer func() { decompressed.Close(); cancel(); decompression.Wait() }()
@@ -1095,6 +1095,19 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 		return nil, 0, fmt.Errorf("its content does not have the SHA-256 %s that it was stored with", want)
 	}
 	return header, size, nil
+}
+
+// fullReader fills what it is given, up to the end: what it comes from has small pieces, such
+// as the records of TLS, and each costs whoever takes it.
+type fullReader struct{ io.Reader }
+
+func (r fullReader) Read(b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var more int
+		more, err = r.Reader.Read(b[n:])
+		n += more
+	}
+	return n, err
 }
 
 // judged names an object in an error of its reading. One that is neither of the transport
