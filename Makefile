@@ -53,7 +53,7 @@ demo: build tools
 
 # All tests that need no Kubernetes, with what they need.
 test: deps build tools check
-	hack/gotest.sh -count=1 -timeout 14m ./...
+	hack/gotest.sh -count=1 -timeout 30m ./...
 
 # The core of them with the other major versions of PostgreSQL, from npm.
 test-versions: deps tools
