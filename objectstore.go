@@ -629,10 +629,11 @@ type Store struct {
 
 	client         *s3.Client
 	bucket, prefix string
-	walArchive     commandArgs
-	walRestore     commandArgs
-	data           commandArgs
-	dataRestore    commandArgs
+	// The arguments of each command. Those for writing have the tags and the encryption of the configuration too.
+	walArchive, walRestore, data, dataRestore commandArgs
+	// How to reach the store is one matter for all requests, whichever command's arguments say it.
+	addressing, profile string
+	readTimeout         time.Duration
 	// conditionsRefused is how often in a row the server answered that it has no If-None-Match.
 	conditionsRefused atomic.Int32
 	// noBatchDelete is set when the server refused DeleteObjects as such.
@@ -681,7 +682,14 @@ func newStore(c StoreConfig) (*Store, error) {
 		if *a.into, err = parseCommandArgs(a.field, a.list); err != nil {
 			return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
 		}
+		s.addressing = cmp.Or(s.addressing, a.into.AddressingStyle)
+		s.profile = cmp.Or(s.profile, a.into.Profile)
+		s.readTimeout = cmp.Or(s.readTimeout, a.into.ReadTimeout)
+		maps.Copy(a.into.Tags, conf.Tags)
+		maps.Copy(a.into.HistoryTags, conf.HistoryTags)
 	}
+	s.walArchive.Encryption = cmp.Or(conf.WAL.Encryption, s.walArchive.Encryption)
+	s.data.Encryption = cmp.Or(conf.Data.Encryption, s.data.Encryption)
 	for field, compression := range map[string]string{"wal": conf.WAL.Compression, "data": conf.Data.Compression} {
 		if _, err := codecByName(compression); err != nil {
 			return nil, fmt.Errorf("ObjectStore %s: %s.compression: %w", c.Name, field, err)
@@ -707,18 +715,6 @@ const (
 // jobs is how many archives of a backup are in flight at once.
 func (s *Store) jobs() int { return max(1, cmp.Or(s.Config.Configuration.Data.Jobs, defaultJobs)) }
 
-// anyArg returns the first value that one of the argument lists gives. How to reach the
-// store is one matter for all requests, whichever command's arguments it was put into.
-func anyArg[T comparable](s *Store, get func(*commandArgs) T) T {
-	var zero T
-	for _, a := range []*commandArgs{&s.walArchive, &s.walRestore, &s.data, &s.dataRestore} {
-		if v := get(a); v != zero {
-			return v
-		}
-	}
-	return zero
-}
-
 // newClient is the only place where an S3 client is made. The SDK's environment
 // variables (AWS_*, HTTPS_PROXY, NO_PROXY) keep their meaning wherever the ObjectStore
 // says nothing else.
@@ -728,7 +724,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		d.Timeout = dialTimeout
 	}).WithTransportOptions(func(t *http.Transport) {
 		dial := t.DialContext
-		stall := cmp.Or(anyArg(s, func(a *commandArgs) time.Duration { return a.ReadTimeout }), readStall)
+		stall := cmp.Or(s.readTimeout, readStall)
 		t.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := dial(ctx, network, address)
 			if err != nil {
@@ -745,8 +741,8 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		t.WriteBufferSize, t.ReadBufferSize = connBuffer, connBuffer
 	})
 	options := []func(*config.LoadOptions) error{config.WithHTTPClient(httpClient)}
-	if profile := anyArg(s, func(a *commandArgs) string { return a.Profile }); profile != "" {
-		options = append(options, config.WithSharedConfigProfile(profile))
+	if s.profile != "" {
+		options = append(options, config.WithSharedConfigProfile(s.profile))
 	}
 	if s.Config.AccessKeyID != "" {
 		options = append(options, config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(
@@ -784,7 +780,6 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		o.DisableLogOutputChecksumValidationSkipped = true
 		// Waiting for "100 Continue" costs a round trip for each segment.
 		o.ContinueHeaderThresholdBytes = -1
-		style := anyArg(s, func(a *commandArgs) string { return a.AddressingStyle })
 		if conf.EndpointURL != "" {
 			o.BaseEndpoint = aws.String(conf.EndpointURL)
 			// Many S3-compatible servers refuse the checksums that the SDK adds by default.
@@ -795,7 +790,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 				o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
 			}
 		}
-		o.UsePathStyle = style == "path" || style != "virtual" && conf.EndpointURL != ""
+		o.UsePathStyle = s.addressing == "path" || s.addressing != "virtual" && conf.EndpointURL != ""
 	}), nil
 }
 
@@ -1453,8 +1448,8 @@ func (s *Store) Put(ctx context.Context, key string, content []byte, o putOption
 
 // put stores an object in one request. sum is the SHA-256 of the body in hex where it is known.
 func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, sum string, o putOptions) error {
-	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata, Tagging: s.tagging(o)}
-	input.ServerSideEncryption, input.SSEKMSKeyId = s.encryption(o.Data)
+	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata}
+	input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = s.encryptionAndTags(o)
 	var options []func(*s3.Options)
 	// Without TLS the SDK signs the SHA-256 of the body, and reads it once more for that.
 	if sum != "" && strings.HasPrefix(s.Config.Configuration.EndpointURL, "http:") {
@@ -1535,8 +1530,8 @@ func (w *objectWriter) Write(p []byte) (int, error) {
 // flush hands the current part to a worker, waiting for a free one.
 func (w *objectWriter) flush() error {
 	if w.uploadID == nil {
-		input := &s3.CreateMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, Tagging: w.store.tagging(w.o)}
-		input.ServerSideEncryption, input.SSEKMSKeyId = w.store.encryption(w.o.Data)
+		input := &s3.CreateMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata}
+		input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = w.store.encryptionAndTags(w.o)
 		// Not ended by the writer's context: a request that was cancelled while the server
 		// worked on it would leave an upload whose id nobody knows.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), requestTimeout)
@@ -1810,48 +1805,28 @@ func (s *Store) AbortUpload(ctx context.Context, u upload) error {
 	return err
 }
 
-// tagging is the x-amz-tagging header: the tags, which on history files the history tags replace.
-func (s *Store) tagging(o putOptions) *string {
+// encryptionAndTags returns the server-side encryption that an object is to have, the key of KMS,
+// and its x-amz-tagging header. The history tags replace the others on history files.
+func (s *Store) encryptionAndTags(o putOptions) (encryption s3types.ServerSideEncryption, kmsKey, tags *string) {
 	args := &s.walArchive
 	if o.Data {
 		args = &s.data
 	}
-	tags := mergeTags(s.Config.Configuration.Tags, args.Tags)
-	if o.History {
-		if history := mergeTags(s.Config.Configuration.HistoryTags, args.HistoryTags); len(history) > 0 {
-			tags = history
-		}
-	}
-	if len(tags) == 0 {
-		return nil
-	}
-	values := url.Values{}
-	for k, v := range tags {
-		values.Set(k, v)
-	}
-	return aws.String(values.Encode())
-}
-
-func mergeTags(a, b map[string]string) map[string]string {
-	if len(b) == 0 {
-		return a
-	}
-	merged := maps.Clone(b)
-	maps.Copy(merged, a)
-	return merged
-}
-
-// encryption is the server-side encryption for WAL or for base backups.
-func (s *Store) encryption(data bool) (s3types.ServerSideEncryption, *string) {
-	algorithm, args := s.Config.Configuration.WAL.Encryption, &s.walArchive
-	if data {
-		algorithm, args = s.Config.Configuration.Data.Encryption, &s.data
-	}
-	algorithm = cmp.Or(algorithm, args.Encryption)
 	if args.KMSKeyID != "" {
-		return s3types.ServerSideEncryption(algorithm), aws.String(args.KMSKeyID)
+		kmsKey = &args.KMSKeyID
 	}
-	return s3types.ServerSideEncryption(algorithm), nil
+	set := args.Tags
+	if o.History && len(args.HistoryTags) > 0 {
+		set = args.HistoryTags
+	}
+	if len(set) > 0 {
+		values := url.Values{}
+		for k, v := range set {
+			values.Set(k, v)
+		}
+		tags = aws.String(values.Encode())
+	}
+	return s3types.ServerSideEncryption(args.Encryption), kmsKey, tags
 }
 
 // describe says how the store is reached.
