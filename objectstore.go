@@ -117,8 +117,8 @@ type Configuration struct {
 	Azure  *json.RawMessage `json:"azureCredentials,omitempty"`
 	Google *json.RawMessage `json:"googleCredentials,omitempty"`
 
-	WAL  *WALConfiguration  `json:"wal,omitempty"`
-	Data *DataConfiguration `json:"data,omitempty"`
+	WAL  WALConfiguration  `json:"wal,omitzero"`
+	Data DataConfiguration `json:"data,omitzero"`
 	// Tags go on every object, HistoryTags replace them on timeline history files.
 	Tags        map[string]string `json:"tags,omitempty"`
 	HistoryTags map[string]string `json:"historyTags,omitempty"`
@@ -251,24 +251,23 @@ type Cluster struct {
 		Plugins          []PluginConfiguration `json:"plugins,omitempty"`
 		ExternalClusters []ExternalCluster     `json:"externalClusters,omitempty"`
 		Bootstrap        struct {
-			Recovery *struct {
+			Recovery struct {
 				Source         string          `json:"source,omitempty"`
 				RecoveryTarget *RecoveryTarget `json:"recoveryTarget,omitempty"`
-			} `json:"recovery,omitempty"`
+			} `json:"recovery,omitzero"`
 		} `json:"bootstrap,omitzero"`
-		Replica *struct {
+		Replica struct {
 			Self    string `json:"self,omitempty"`
 			Primary string `json:"primary,omitempty"`
-			Source  string `json:"source,omitempty"`
+			Source  string `json:"source,omitempty"` // required: empty where there is no replica stanza
 			Enabled *bool  `json:"enabled,omitempty"`
-		} `json:"replica,omitempty"`
+		} `json:"replica,omitzero"`
 		ServiceAccountName string           `json:"serviceAccountName,omitempty"`
 		WALStorage         *json.RawMessage `json:"walStorage,omitempty"`
 	} `json:"spec"`
 
 	Status struct {
 		CurrentPrimary string `json:"currentPrimary,omitempty"`
-		TimelineID     int    `json:"timelineID,omitempty"`
 	} `json:"status,omitzero"`
 }
 
@@ -341,40 +340,33 @@ type StoreRef struct {
 // go. nil when the cluster has none. Of several entries with our name the last one
 // counts, as with the original.
 func (c *Cluster) ArchiveStore() *StoreRef {
-	var ref *StoreRef
-	for i := range c.Spec.Plugins {
-		if r := c.storeRef(&c.Spec.Plugins[i]); r != nil {
-			ref = r
+	for _, p := range slices.Backward(c.Spec.Plugins) {
+		if ref := c.storeRef(&p); ref != nil {
+			return ref
 		}
 	}
-	return ref
+	return nil
 }
 
 // RecoveryStore is the store that the cluster is (or was) bootstrapped from, nil when there is none.
 func (c *Cluster) RecoveryStore() *StoreRef {
-	if c.Spec.Bootstrap.Recovery == nil {
-		return nil
-	}
 	return c.externalStore(c.Spec.Bootstrap.Recovery.Source)
 }
 
 // ReplicaSourceStore is the store that a replica cluster follows, nil when there is none.
 func (c *Cluster) ReplicaSourceStore() *StoreRef {
-	if c.Spec.Replica == nil {
-		return nil
-	}
 	return c.externalStore(c.Spec.Replica.Source)
 }
 
 // IsReplica says whether the whole cluster follows another one (CloudNativePG's
 // Cluster.IsReplica: an explicit enabled wins, otherwise primary differs from self).
 func (c *Cluster) IsReplica() bool {
-	r := c.Spec.Replica
+	r := &c.Spec.Replica
 	switch {
-	case r == nil:
-		return false
 	case r.Enabled != nil:
 		return *r.Enabled
+	case r.Source == "":
+		return false
 	case r.Self != "":
 		return r.Self != r.Primary
 	default:
@@ -383,8 +375,8 @@ func (c *Cluster) IsReplica() bool {
 }
 
 func (c *Cluster) externalStore(name string) *StoreRef {
-	for i := range c.Spec.ExternalClusters {
-		if e := &c.Spec.ExternalClusters[i]; name != "" && e.Name == name && e.Plugin != nil {
+	for _, e := range c.Spec.ExternalClusters {
+		if name != "" && e.Name == name && e.Plugin != nil {
 			return c.storeRef(e.Plugin)
 		}
 	}
@@ -398,11 +390,7 @@ func (c *Cluster) storeRef(p *PluginConfiguration) *StoreRef {
 	if p.Name != PluginName || (p.Enabled != nil && !*p.Enabled) || p.Parameters["barmanObjectName"] == "" {
 		return nil
 	}
-	ref := &StoreRef{ObjectStore: p.Parameters["barmanObjectName"], ServerName: p.Parameters["serverName"]}
-	if ref.ServerName == "" {
-		ref.ServerName = c.Name
-	}
-	return ref
+	return &StoreRef{ObjectStore: p.Parameters["barmanObjectName"], ServerName: cmp.Or(p.Parameters["serverName"], c.Name)}
 }
 
 // ---------------------------------------------------------------------------
@@ -662,13 +650,6 @@ func newStore(c StoreConfig) (*Store, error) {
 		return nil, fmt.Errorf("ObjectStore %s: %w", c.Name, err)
 	}
 	conf := &c.Configuration
-	if conf.WAL == nil {
-		conf.WAL = &WALConfiguration{}
-	}
-	if conf.Data == nil {
-		conf.Data = &DataConfiguration{}
-	}
-	s.Config.Configuration = *conf
 	for _, a := range []struct {
 		field string
 		list  []string

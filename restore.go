@@ -1617,11 +1617,7 @@ func (r *restoreJobService) restore(ctx context.Context, cluster *Cluster, check
 			return err
 		}
 	}
-	var target *RecoveryTarget
-	if cluster.Spec.Bootstrap.Recovery != nil {
-		target = cluster.Spec.Bootstrap.Recovery.RecoveryTarget
-	}
-	b, err := findBackup(ctx, source, target)
+	b, err := findBackup(ctx, source, cluster.Spec.Bootstrap.Recovery.RecoveryTarget)
 	if err != nil {
 		return err
 	}
