@@ -1029,16 +1029,38 @@ type object struct {
 }
 
 // List yields the objects under a prefix in the order of their keys, page by page, so
-// that memory stays flat at any number of objects.
+// that memory stays flat at any number of objects, up to the first error.
 func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object, error] {
+	return s.list(ctx, prefix, nil)
+}
+
+// listLevel yields what lies directly under a prefix that ends in a slash; of a directory
+// only the key, which ends in a slash too.
+func (s *Store) listLevel(ctx context.Context, prefix string) iter.Seq2[object, error] {
+	return s.list(ctx, prefix, aws.String("/"))
+}
+
+func (s *Store) list(ctx context.Context, prefix string, delimiter *string) iter.Seq2[object, error] {
 	return func(yield func(object, error) bool) {
-		for page, err := range s.pages(ctx, prefix, nil) {
+		pages := s3.NewListObjectsV2Paginator(s.client, &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: delimiter})
+		for pages.HasMorePages() {
+			request, cancel := context.WithTimeout(ctx, requestTimeout)
+			page, err := pages.NextPage(request)
+			cancel()
+			if err = s.wrap("list", prefix, err); err == nil && aws.ToBool(page.IsTruncated) && !pages.HasMorePages() {
+				err = fmt.Errorf("list %s: the server says that there is more, and not where it goes on", s.URL(prefix))
+			}
 			if err != nil {
 				yield(object{}, err)
 				return
 			}
+			for _, p := range page.CommonPrefixes {
+				if !yield(object{Key: *p.Prefix}, nil) {
+					return
+				}
+			}
 			for _, o := range page.Contents {
-				if !yield(newObject(o), nil) {
+				if !yield(object{Key: *o.Key, Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)}, nil) {
 					return
 				}
 			}
@@ -1046,64 +1068,30 @@ func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object, error
 	}
 }
 
-func newObject(o s3types.Object) object {
-	return object{Key: *o.Key, Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)}
-}
-
-// ListDirectories returns the names directly under a prefix that ends in a slash.
-func (s *Store) ListDirectories(ctx context.Context, prefix string) ([]string, error) {
-	names, _, err := s.listLevel(ctx, prefix)
-	return names, err
-}
-
-// listLevel returns what lies directly under a prefix that ends in a slash: the names of
-// the directories, and the objects.
-func (s *Store) listLevel(ctx context.Context, prefix string) (directories []string, objects []object, err error) {
-	for page, err := range s.pages(ctx, prefix, aws.String("/")) {
+// ListDirectories returns the names of the directories directly under a prefix that ends in a slash.
+func (s *Store) ListDirectories(ctx context.Context, prefix string) (names []string, err error) {
+	for o, err := range s.listLevel(ctx, prefix) {
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		for _, p := range page.CommonPrefixes {
-			directories = append(directories, strings.TrimSuffix(strings.TrimPrefix(*p.Prefix, prefix), "/"))
-		}
-		for _, o := range page.Contents {
-			objects = append(objects, newObject(o))
+		if name, ok := strings.CutSuffix(strings.TrimPrefix(o.Key, prefix), "/"); ok {
+			names = append(names, name)
 		}
 	}
-	return directories, objects, nil
-}
-
-// pages yields a listing page by page, up to the first error.
-func (s *Store) pages(ctx context.Context, prefix string, delimiter *string) iter.Seq2[*s3.ListObjectsV2Output, error] {
-	return func(yield func(*s3.ListObjectsV2Output, error) bool) {
-		input := &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: delimiter}
-		for more := true; more; {
-			request, cancel := context.WithTimeout(ctx, requestTimeout)
-			page, err := s.client.ListObjectsV2(request, input)
-			cancel()
-			if err = s.wrap("list", prefix, err); err == nil {
-				input.ContinuationToken, more = page.NextContinuationToken, aws.ToBool(page.IsTruncated)
-				if more && aws.ToString(page.NextContinuationToken) == "" {
-					err = fmt.Errorf("list %s: the server says that there is more, and not where it goes on", s.URL(prefix))
-				}
-			}
-			if !yield(page, err) || err != nil {
-				return
-			}
-		}
-	}
+	return names, nil
 }
 
 // ServerTime is the clock of the store, as its answers carry it; zero when they do not.
 func (s *Store) ServerTime(ctx context.Context) (time.Time, error) {
-	for page, err := range s.pages(ctx, s.key(""), aws.String("/")) {
-		if err != nil {
-			return time.Time{}, err
-		}
-		t, _ := awsmiddleware.GetServerTime(page.ResultMetadata)
-		return t, nil
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	prefix := s.key("")
+	page, err := s.client.ListObjectsV2(ctx, &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: aws.String("/")})
+	if err != nil {
+		return time.Time{}, s.wrap("list", prefix, err)
 	}
-	return time.Time{}, nil // there is always a page
+	t, _ := awsmiddleware.GetServerTime(page.ResultMetadata)
+	return t, nil
 }
 
 // maxServerNames is how many directories ServerNames looks into.

@@ -347,14 +347,13 @@ func nothingThere(ctx context.Context, s *Store) error {
 // that the choice among these backups depends on; the others stay empty. Without a goal it
 // reads all of them: errDamaged then comes with those that could be read.
 func readHistories(ctx context.Context, s *Store, catalog *Catalog, goal *recoveryGoal) (timelineHistories, error) {
-	_, objects, err := s.listLevel(ctx, s.key("wals/"))
-	if err != nil {
-		return nil, err
-	}
 	histories, stored := timelineHistories{}, map[uint32]walObject{}
-	for _, o := range objects {
+	for o, err := range s.listLevel(ctx, s.key("wals/")) {
+		if err != nil {
+			return nil, err
+		}
 		o := newWALObject(o)
-		if w, err := parseWALName(o.Name); err == nil && w.Kind == walHistory {
+		if w, err := parseWALName(o.Name); err == nil && w.Kind == walHistory && !strings.HasSuffix(o.Key, "/") {
 			histories[w.Timeline], stored[w.Timeline] = nil, o
 		}
 	}
