@@ -578,10 +578,7 @@ func parseSize(s string) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	shift := 10 * (1 + strings.Index("kmgt", strings.ToLower(m[2])))
-	if m[2] == "" {
-		shift = 0
-	}
+	shift := 10 * strings.Index(" kmgt", strings.ToLower(m[2])) // 0 without a unit
 	if f *= float64(int64(1) << shift); f < math.MaxInt64 {
 		return int64(f), nil
 	}
@@ -848,12 +845,12 @@ func describe(err error) string {
 		return text
 	}
 	var unsent *smithyhttp.RequestSendError // no reply: what the SDK puts around it says nothing more
-	if errors.As(err, &unsent) {
-		return unsent.Err.Error()
-	}
-	var unwrapped *smithy.OperationError
-	if errors.As(err, &unwrapped) {
-		return unwrapped.Err.Error()
+	var operation *smithy.OperationError
+	switch {
+	case errors.As(err, &unsent):
+		err = unsent.Err
+	case errors.As(err, &operation):
+		err = operation.Err
 	}
 	return err.Error()
 }
@@ -1124,7 +1121,7 @@ func (s *Store) ServerNames(ctx context.Context) ([]string, error) {
 // head is what the store says of one object.
 type head struct {
 	Size     int64
-	Metadata map[string]string // user metadata, keys in lower case
+	Metadata map[string]string // user metadata; the SDK puts its keys in lower case
 }
 
 // Head asks for size and user metadata; errNotFound when there is no such object.
@@ -1135,15 +1132,7 @@ func (s *Store) Head(ctx context.Context, key string) (head, error) {
 	if err != nil {
 		return head{}, s.wrap("head", key, err)
 	}
-	return head{Size: aws.ToInt64(out.ContentLength), Metadata: lowerKeys(out.Metadata)}, nil
-}
-
-func lowerKeys(m map[string]string) map[string]string {
-	lower := make(map[string]string, len(m))
-	for k, v := range m {
-		lower[strings.ToLower(k)] = v
-	}
-	return lower
+	return head{Size: aws.ToInt64(out.ContentLength), Metadata: out.Metadata}, nil
 }
 
 // CreateBucket makes the bucket in the configured region. That it exists already is no error.
@@ -1172,6 +1161,17 @@ func (s *Store) Get(ctx context.Context, key string) (*objectReader, error) {
 		return nil, err
 	}
 	return r, nil
+}
+
+// read returns the user metadata and the content of a small object, of which no more than limit bytes.
+func (s *Store) read(ctx context.Context, key string, limit int64) (content []byte, metadata map[string]string, err error) {
+	r, err := s.Get(ctx, key)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer r.Close()
+	content, err = io.ReadAll(io.LimitReader(r, limit))
+	return content, r.Metadata, err
 }
 
 // objectReader is an open object. It must be closed.
@@ -1216,7 +1216,7 @@ func (r *objectReader) open() error {
 		return r.store.wrap("get", r.key, fmt.Errorf("the server ignores Range: it answered %q where %s was asked for", aws.ToString(out.ContentRange), from))
 	}
 	if r.offset == 0 {
-		r.Size, r.Metadata, r.etag = aws.ToInt64(out.ContentLength), lowerKeys(out.Metadata), out.ETag
+		r.Size, r.Metadata, r.etag = aws.ToInt64(out.ContentLength), out.Metadata, out.ETag
 	}
 	watchdog.Reset(bodyStall)
 	r.body, r.cancel, r.watchdog = out.Body, cancel, watchdog
@@ -1526,9 +1526,7 @@ func (w *objectWriter) flush() error {
 	}
 	part := w.part
 	w.part = &partBuffer{budget: w.o.Memory}
-	w.workers.Add(1)
-	go func() {
-		defer w.workers.Done()
+	w.workers.Go(func() {
 		defer func() { <-w.slots }()
 		defer part.free()
 		if err := w.throttle(part.size); err != nil {
@@ -1542,10 +1540,10 @@ func (w *objectWriter) flush() error {
 			return
 		}
 		w.mu.Lock()
+		defer w.mu.Unlock()
 		w.parts[number-1] = s3types.CompletedPart{PartNumber: &number, ETag: out.ETag,
 			ChecksumCRC32: out.ChecksumCRC32, ChecksumCRC32C: out.ChecksumCRC32C, ChecksumCRC64NVME: out.ChecksumCRC64NVME}
-		w.mu.Unlock()
-	}()
+	})
 	return nil
 }
 
@@ -1860,18 +1858,13 @@ func checkStore(ctx context.Context, s *Store, tell func(what, note string, err 
 	if err != nil {
 		return
 	}
-	r, err := s.Get(ctx, small)
-	if err == nil {
-		var got []byte
-		got, err = io.ReadAll(r)
-		r.Close()
-		switch {
-		case err != nil:
-		case !bytes.Equal(got, content):
-			err = fmt.Errorf("%s reads as other content than was written: what stands between here and the store changes it", s.URL(small))
-		case r.Metadata[contentSum] != sumOf(content):
-			err = fmt.Errorf("%s has lost its user metadata: what stands between here and the store drops x-amz-meta-* headers", s.URL(small))
-		}
+	got, metadata, err := s.read(ctx, small, 2*int64(len(content)))
+	switch {
+	case err != nil:
+	case !bytes.Equal(got, content):
+		err = fmt.Errorf("%s reads as other content than was written: what stands between here and the store changes it", s.URL(small))
+	case metadata[contentSum] != sumOf(content):
+		err = fmt.Errorf("%s has lost its user metadata: what stands between here and the store drops x-amz-meta-* headers", s.URL(small))
 	}
 	tell("read", "", needs("s3:GetObject", err))
 	err = s.Put(ctx, small, content, putOptions{IfAbsent: true})
@@ -1918,11 +1911,11 @@ type codec struct {
 	name, suffix string
 	newWriter    func(w io.Writer, level int) (io.WriteCloser, error)
 	newReader    func(r io.Reader) (io.Reader, error) // without goroutines: it needs no Close
-	// low, medium and high are what Barman's --compression-level words mean here: not its
-	// numbers, since other implementations stand behind them, but much the same sizes. On
+	// levels are what Barman's --compression-level words, low, medium and high, mean here: not
+	// its numbers, since other implementations stand behind them, but much the same sizes. On
 	// the WAL of pgbench, medium is within 7 % of the size that Barman's default reaches.
-	low, medium, high int
-	alone             bool // no two writers at once: one has tables of tens of MiB, or two cores
+	levels [3]int
+	alone  bool // no two writers at once: one has tables of tens of MiB, or two cores
 }
 
 // What bounds the memory of the codecs: window and dictionary of what we write, and of
@@ -1939,7 +1932,7 @@ var codecs = []*codec{
 	{name: "", suffix: "",
 		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) { return nopWriteCloser{w}, nil },
 		newReader: func(r io.Reader) (io.Reader, error) { return r, nil }},
-	{name: "gzip", suffix: ".gz", low: 1, medium: 5, high: 9, alone: true,
+	{name: "gzip", suffix: ".gz", levels: [3]int{1, 5, 9}, alone: true,
 		// One member, whose blocks are compressed in parallel: Barman cannot read several (FORMAT section 4).
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			z, err := pgzip.NewWriterLevel(w, level)
@@ -1949,12 +1942,12 @@ var codecs = []*codec{
 			return gzipWriter{z}, err
 		},
 		newReader: func(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) }},
-	{name: "bzip2", suffix: ".bz2", low: 1, medium: 5, high: 9, alone: true,
+	{name: "bzip2", suffix: ".bz2", levels: [3]int{1, 5, 9}, alone: true,
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			return bzip2w.NewWriter(w, &bzip2w.WriterConfig{Level: level})
 		},
 		newReader: func(r io.Reader) (io.Reader, error) { return bzip2.NewReader(r), nil }},
-	{name: "lz4", suffix: ".lz4", low: 0, medium: 0, high: 9,
+	{name: "lz4", suffix: ".lz4", levels: [3]int{0, 0, 9},
 		newWriter: func(w io.Writer, level int) (io.WriteCloser, error) {
 			if level < 0 || level > 9 {
 				return nil, errors.New("must be 0 to 9")
@@ -1972,12 +1965,12 @@ var codecs = []*codec{
 			return s2.NewWriter(w, s2.WriterSnappyCompat(), s2.WriterConcurrency(1)), nil
 		},
 		newReader: func(r io.Reader) (io.Reader, error) { return s2.NewReader(r, s2.ReaderMaxBlockSize(64<<10)), nil }},
-	{name: "xz", suffix: ".xz", low: 1, medium: 1, high: 1, alone: true, // the library has one level
+	{name: "xz", suffix: ".xz", levels: [3]int{1, 1, 1}, alone: true, // the library has one level
 		newWriter: func(w io.Writer, _ int) (io.WriteCloser, error) {
 			return xz.WriterConfig{DictCap: xzDictionary}.NewWriter(w)
 		},
 		newReader: func(r io.Reader) (io.Reader, error) { return xz.NewReader(r) }},
-	{name: "zstd", suffix: ".zst", low: 1, medium: 4, high: 19,
+	{name: "zstd", suffix: ".zst", levels: [3]int{1, 4, 19},
 		newWriter: newZstdWriter,
 		newReader: func(r io.Reader) (io.Reader, error) {
 			return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(zstdMaxWindow))
@@ -2058,22 +2051,16 @@ func splitSuffix(name string) (string, *codec) {
 
 // compress opens a writer at a level given in Barman's words: low, medium (the default), high, or a number.
 func (c *codec) compress(w io.Writer, level string) (io.WriteCloser, error) {
-	n := c.medium
-	switch level {
-	case "", "medium":
-	case "low":
-		n = c.low
-	case "high":
-		n = c.high
-	default:
-		var err error
-		if n, err = strconv.Atoi(level); err != nil {
-			return nil, fmt.Errorf("--compression-level %q is not low, medium, high or a number", level)
-		}
+	level = cmp.Or(level, "medium")
+	n, err := strconv.Atoi(level)
+	if i := slices.Index([]string{"low", "medium", "high"}, level); i >= 0 {
+		n = c.levels[i]
+	} else if err != nil {
+		return nil, fmt.Errorf("--compression-level %q is not low, medium, high or a number", level)
 	}
 	z, err := c.newWriter(w, n)
 	if err != nil {
-		return nil, fmt.Errorf("--compression-level %s for %s: %w", cmp.Or(level, "medium"), cmp.Or(c.name, "none"), err)
+		return nil, fmt.Errorf("--compression-level %s for %s: %w", level, cmp.Or(c.name, "none"), err)
 	}
 	return z, nil
 }
@@ -2184,6 +2171,7 @@ type pythonString string
 
 // formatField and parseField are mirror images; "" is written as None, and None is not parsed.
 func formatField(field any) string {
+	var items []string
 	switch f := field.(type) {
 	case *string:
 		return strings.NewReplacer("\n", " ", "\r", " ").Replace(*f) // no more than its line
@@ -2200,13 +2188,18 @@ func formatField(field any) string {
 			return pythonRepr(string(*f))
 		}
 	case *[]string:
-		return pythonList(*f, pythonRepr)
+		for _, s := range *f {
+			items = append(items, pythonRepr(s))
+		}
 	case *[]Tablespace:
-		return pythonList(*f, func(t Tablespace) string {
-			return fmt.Sprintf("(%s, %d, %s)", pythonRepr(t.Name), t.OID, pythonRepr(t.Location))
-		})
+		for _, t := range *f {
+			items = append(items, fmt.Sprintf("(%s, %d, %s)", pythonRepr(t.Name), t.OID, pythonRepr(t.Location)))
+		}
 	}
-	return ""
+	if items == nil {
+		return ""
+	}
+	return "[" + strings.Join(items, ", ") + "]"
 }
 
 func parseField(field any, v string) (err error) {
@@ -2294,17 +2287,6 @@ func pythonRepr(s string) string {
 		return quoted
 	}
 	return "'" + strings.NewReplacer(`\"`, `"`, `'`, `\'`).Replace(quoted[1:len(quoted)-1]) + "'"
-}
-
-func pythonList[T any](list []T, repr func(T) string) string {
-	var items []string
-	for _, item := range list {
-		items = append(items, repr(item))
-	}
-	if items == nil {
-		return ""
-	}
-	return "[" + strings.Join(items, ", ") + "]"
 }
 
 // pythonToken is what Python writes otherwise than JSON: strings, None, tuples, and a comma before an end.
@@ -2468,29 +2450,26 @@ const maxBackupInfo = 4 << 20
 // errBadBackupInfo when its text is damaged.
 func (s *Store) ReadBackupInfo(ctx context.Context, id string) (*BackupInfo, error) {
 	key := s.baseKey(id, backupInfoFile)
-	r, err := s.Get(ctx, key)
+	content, metadata, err := s.read(ctx, key, maxBackupInfo+1)
 	if err != nil {
 		return nil, err
 	}
-	defer r.Close()
-	content, err := io.ReadAll(io.LimitReader(r, maxBackupInfo+1))
-	if err != nil {
-		return nil, err
+	var b *BackupInfo
+	switch sum := metadata[contentSum]; {
+	case len(content) > maxBackupInfo:
+		err = fmt.Errorf("it is larger than %d bytes", maxBackupInfo)
+	case sum != "" && sum != sumOf(content):
+		err = fmt.Errorf("its content does not match its checksum %s", sum)
+	default:
+		b, err = parseBackupInfo(id, content)
 	}
-	if len(content) > maxBackupInfo {
-		return nil, fmt.Errorf("%s %w: it is larger than %d bytes", s.URL(key), errBadBackupInfo, maxBackupInfo)
-	}
-	if sum := r.Metadata[contentSum]; sum != "" && sum != sumOf(content) {
-		return nil, fmt.Errorf("%s %w: its content does not match its checksum %s", s.URL(key), errBadBackupInfo, sum)
-	}
-	b, err := parseBackupInfo(id, content)
 	if err != nil {
 		return nil, fmt.Errorf("%s %w: %w", s.URL(key), errBadBackupInfo, err)
 	}
-	if list := r.Metadata[walInBackup]; list != "" {
+	if list := metadata[walInBackup]; list != "" {
 		b.WALInBackup = strings.Split(list, ",")
 	}
-	if list := strings.Fields(r.Metadata[badPages]); len(list) > 0 {
+	if list := strings.Fields(metadata[badPages]); len(list) > 0 {
 		b.BadPages = list[1:]
 		b.BadPageCount, _ = strconv.Atoi(list[0])
 	}
@@ -2499,16 +2478,11 @@ func (s *Store) ReadBackupInfo(ctx context.Context, id string) (*BackupInfo, err
 
 // readKeep reads the keep annotation of a backup. Whatever does not say standalone means full.
 func (s *Store) readKeep(ctx context.Context, id string) (string, error) {
-	r, err := s.Get(ctx, s.baseKey(id, keepFile))
-	if err != nil {
-		return "", err
+	content, _, err := s.read(ctx, s.baseKey(id, keepFile), 64)
+	if string(content) == "standalone" {
+		return "standalone", err
 	}
-	defer r.Close()
-	content, err := io.ReadAll(io.LimitReader(r, 64))
-	if string(content) != "standalone" {
-		content = []byte("full")
-	}
-	return string(content), err
+	return "full", err
 }
 
 // WriteBackupInfo stores a backup.info. It is the last object of a backup to be written.
@@ -2583,21 +2557,14 @@ func byteCount(n int64) string {
 
 // every calls f at each interval until stop is called, which waits for a call in progress.
 func every(interval time.Duration, f func()) (stop func()) {
-	quit, ended := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(ended)
-		ticker := time.NewTicker(interval)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-quit:
-				return
-			case <-ticker.C:
-				f()
-			}
+	ctx, cancel := context.WithCancel(context.Background())
+	var loop sync.WaitGroup
+	loop.Go(func() {
+		for sleep(ctx, interval) == nil {
+			f()
 		}
-	}()
-	return func() { close(quit); <-ended }
+	})
+	return func() { cancel(); loop.Wait() }
 }
 
 // ---------------------------------------------------------------------------
