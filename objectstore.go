@@ -917,11 +917,11 @@ func (s *Store) wrap(op, key string, err error) error {
 // errorCounts counts failed requests by S3's code.
 type errorCounts struct {
 	mu sync.Mutex
-	n  map[string]int64
+	n  map[string]float64
 }
 
 // s3Errors are those of this process, for the metrics.
-var s3Errors = errorCounts{n: map[string]int64{}}
+var s3Errors = errorCounts{n: map[string]float64{}}
 
 // maxErrorCodes bounds the codes that are told apart, whatever a server may answer.
 const maxErrorCodes = 50
@@ -935,7 +935,7 @@ func (e *errorCounts) add(code string) {
 	e.n[code]++
 }
 
-func (e *errorCounts) all() map[string]int64 {
+func (e *errorCounts) all() map[string]float64 {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return maps.Clone(e.n)

@@ -666,57 +666,63 @@ type metricsService struct {
 
 const metricPrefix = "barman_cloud_cloudnative_pg_io_"
 
-// measured is what the metrics are made of.
-type measured struct {
-	archivingDone
-	window         RecoveryWindow
-	server         ServerStatus
-	backup         LastBackup
-	oldest         *metav1.Time // of the WAL files that wait
-	waiting        int
-	certificateEnd int64
-}
-
 const counter, gauge = metrics.MetricType_TYPE_COUNTER, metrics.MetricType_TYPE_GAUGE
 
-// sidecarMetrics are in Prometheus' base units. The first three are the original's. All are
-// 0 when there is no such thing.
-var sidecarMetrics = []struct {
+// metric is one metric, in Prometheus' base units, with what was measured: a value, which
+// is 0 when there is no such thing, or where it has a label one for each value of that.
+type metric struct {
 	name, help string
 	kind       metrics.MetricType_Type
-	value      func(*measured) float64
-}{
-	{"first_recoverability_point", "The first point of recoverability for the cluster as a unix timestamp", gauge,
-		func(m *measured) float64 { return unixTime(m.window.FirstRecoverabilityPoint) }},
-	{"last_available_backup_timestamp", "The last available backup as a unix timestamp", gauge,
-		func(m *measured) float64 { return unixTime(m.window.LastSuccessfulBackupTime) }},
-	{"last_failed_backup_timestamp", "The last failed backup as a unix timestamp", gauge,
-		func(m *measured) float64 { return unixTime(m.window.LastFailedBackupTime) }},
-	{"last_backup_duration_seconds", "How long the last backup took", gauge, func(m *measured) float64 { return float64(m.backup.Seconds) }},
-	{"last_backup_bytes", "Bytes that the last backup read", gauge, func(m *measured) float64 { return float64(m.backup.Bytes) }},
-	{"last_backup_stored_bytes", "Bytes that the last backup takes in the object store", gauge, func(m *measured) float64 { return float64(m.backup.StoredBytes) }},
-	{"bad_pages", "Pages with a wrong checksum in the last backup", gauge, func(m *measured) float64 { return float64(m.backup.BadPages) }},
-	{"missing_wal_segments", "WAL segments that backups need and the archive does not have", gauge, func(m *measured) float64 { return float64(m.server.MissingWAL) }},
-	{"archived_wal_files_total", "WAL files that this instance archived", counter, func(m *measured) float64 { return float64(m.files) }},
-	{"archived_wal_bytes_total", "Bytes of the WAL files that this instance archived, before compression", counter, func(m *measured) float64 { return float64(m.bytes) }},
-	{"archive_failures_total", "Attempts of this instance to archive a WAL file that failed", counter, func(m *measured) float64 { return float64(m.failures) }},
-	{"archive_seconds_total", "Time that this instance spent on archiving WAL files", counter, func(m *measured) float64 { return m.seconds }},
-	{"last_archived_wal_timestamp_seconds", "When this instance last archived a WAL file", gauge, func(m *measured) float64 { return unixTime(m.lastTime) }},
-	{"waiting_wal_files", "WAL files of this instance that wait to be archived", gauge, func(m *measured) float64 { return float64(m.waiting) }},
-	{"oldest_waiting_wal_age_seconds", "How long the oldest of them has waited", gauge, func(m *measured) float64 {
-		if m.oldest == nil {
-			return 0
-		}
-		return time.Since(m.oldest.Time).Seconds()
-	}},
-	{"s3_certificate_expiry_timestamp_seconds", "When the TLS certificate of the object store ends", gauge, func(m *measured) float64 { return float64(m.certificateEnd) }},
+	value      float64
+	label      string
+	values     map[string]float64
 }
 
-// ofStatus is how many of the metrics, the first ones, come from the status of the ObjectStore.
-const ofStatus = 8
+// statusMetrics come from the status of the ObjectStore. The first three are the original's.
+func statusMetrics(window RecoveryWindow, server ServerStatus) []metric {
+	last := cmp.Or(server.LastBackup, &LastBackup{})
+	failed := map[string]float64{}
+	for _, c := range server.Conditions {
+		failed[c.Type] = 0
+		if c.Status == metav1.ConditionFalse {
+			failed[c.Type] = 1
+		}
+	}
+	return []metric{
+		{name: "first_recoverability_point", kind: gauge, value: unixTime(window.FirstRecoverabilityPoint),
+			help: "The first point of recoverability for the cluster as a unix timestamp"},
+		{name: "last_available_backup_timestamp", kind: gauge, value: unixTime(window.LastSuccessfulBackupTime),
+			help: "The last available backup as a unix timestamp"},
+		{name: "last_failed_backup_timestamp", kind: gauge, value: unixTime(window.LastFailedBackupTime),
+			help: "The last failed backup as a unix timestamp"},
+		{name: "last_backup_duration_seconds", kind: gauge, value: float64(last.Seconds), help: "How long the last backup took"},
+		{name: "last_backup_bytes", kind: gauge, value: float64(last.Bytes), help: "Bytes that the last backup read"},
+		{name: "last_backup_stored_bytes", kind: gauge, value: float64(last.StoredBytes), help: "Bytes that the last backup takes in the object store"},
+		{name: "bad_pages", kind: gauge, value: float64(last.BadPages), help: "Pages with a wrong checksum in the last backup"},
+		{name: "missing_wal_segments", kind: gauge, value: float64(server.MissingWAL), help: "WAL segments that backups need and the archive does not have"},
+		{name: "condition_failed", kind: gauge, label: "type", values: failed, help: "1 where a condition of the server in the ObjectStore is false"},
+	}
+}
 
-// The metrics with a label.
-const conditionMetric, s3ErrorMetric = "condition_failed", "s3_errors_total"
+// instanceMetrics are about the work of one sidecar.
+func instanceMetrics(done archivingDone, pgdata string, certificateEnd int64) []metric {
+	_, since, waiting := oldestWaiting(pgdata)
+	var age time.Duration
+	if since != nil {
+		age = time.Since(since.Time)
+	}
+	return []metric{
+		{name: "archived_wal_files_total", kind: counter, value: float64(done.files), help: "WAL files that this instance archived"},
+		{name: "archived_wal_bytes_total", kind: counter, value: float64(done.bytes), help: "Bytes of the WAL files that this instance archived, before compression"},
+		{name: "archive_failures_total", kind: counter, value: float64(done.failures), help: "Attempts of this instance to archive a WAL file that failed"},
+		{name: "archive_seconds_total", kind: counter, value: done.seconds, help: "Time that this instance spent on archiving WAL files"},
+		{name: "last_archived_wal_timestamp_seconds", kind: gauge, value: unixTime(done.lastTime), help: "When this instance last archived a WAL file"},
+		{name: "waiting_wal_files", kind: gauge, value: float64(waiting), help: "WAL files of this instance that wait to be archived"},
+		{name: "oldest_waiting_wal_age_seconds", kind: gauge, value: age.Seconds(), help: "How long the oldest of them has waited"},
+		{name: "s3_certificate_expiry_timestamp_seconds", kind: gauge, value: float64(certificateEnd), help: "When the TLS certificate of the object store ends"},
+		{name: "s3_errors_total", kind: counter, label: "code", values: s3Errors.all(), help: "Failed requests of this instance to the object store"},
+	}
+}
 
 func unixTime(t *metav1.Time) float64 {
 	if t == nil {
@@ -735,15 +741,13 @@ func (*metricsService) GetCapabilities(context.Context, *metrics.MetricsCapabili
 // Define lists the metrics. Every name that Collect returns must be among them, or the whole scrape fails.
 func (*metricsService) Define(context.Context, *metrics.DefineMetricsRequest) (*metrics.DefineMetricsResult, error) {
 	result := &metrics.DefineMetricsResult{}
-	add := func(name, help string, kind metrics.MetricType_Type, labels ...string) {
-		result.Metrics = append(result.Metrics, &metrics.Metric{FqName: metricPrefix + name, Help: help, VariableLabels: labels,
-			ValueType: &metrics.MetricType{Type: kind}})
+	for _, m := range append(statusMetrics(RecoveryWindow{}, ServerStatus{}), instanceMetrics(archivingDone{}, "", 0)...) {
+		defined := &metrics.Metric{FqName: metricPrefix + m.name, Help: m.help, ValueType: &metrics.MetricType{Type: m.kind}}
+		if m.label != "" {
+			defined.VariableLabels = []string{m.label}
+		}
+		result.Metrics = append(result.Metrics, defined)
 	}
-	for _, m := range sidecarMetrics {
-		add(m.name, m.help, m.kind)
-	}
-	add(conditionMetric, "1 where a condition of the server in the ObjectStore is false", gauge, "type")
-	add(s3ErrorMetric, "Failed requests of this instance to the object store", counter, "code")
 	return result, nil
 }
 
@@ -753,43 +757,36 @@ func (m *metricsService) Collect(ctx context.Context, r *metrics.CollectMetricsR
 	if err != nil {
 		return nil, grpcError(err)
 	}
-	var v measured
+	var certificateEnd int64
+	var st ObjectStoreStatus
 	var statusErr error
-	m.report.mu.Lock()
-	v.archivingDone = m.report.done
-	m.report.mu.Unlock()
-	_, v.oldest, v.waiting = oldestWaiting(m.report.pgdata)
-	if ref := cluster.ArchiveStore(); ref != nil {
+	ref := cmp.Or(cluster.ArchiveStore(), &StoreRef{})
+	if ref.ObjectStore != "" {
 		if s, err := m.source.Store(ctx, *ref); err == nil {
-			v.certificateEnd = s.certificateEnd.Load()
+			certificateEnd = s.certificateEnd.Load()
 		}
-		var st ObjectStoreStatus
 		if st, statusErr = m.source.Status(ctx, ref.ObjectStore); statusErr != nil {
 			slog.Debug("Metrics without the status of the ObjectStore", "error", statusErr)
 		}
-		v.window, v.server = st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName]
-		if v.server.LastBackup != nil {
-			v.backup = *v.server.LastBackup
-		}
+	}
+	m.report.mu.Lock()
+	done := m.report.done
+	m.report.mu.Unlock()
+	measured := instanceMetrics(done, m.report.pgdata, certificateEnd)
+	if statusErr == nil {
+		measured = append(measured, statusMetrics(st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName])...)
 	}
 	result := &metrics.CollectMetricsResult{}
 	add := func(name string, value float64, labels ...string) {
 		result.Metrics = append(result.Metrics, &metrics.CollectMetric{FqName: metricPrefix + name, Value: value, VariableLabels: labels})
 	}
-	for i, metric := range sidecarMetrics {
-		if statusErr == nil || i >= ofStatus {
-			add(metric.name, metric.value(&v))
+	for _, metric := range measured {
+		if metric.label == "" {
+			add(metric.name, metric.value)
 		}
-	}
-	for _, c := range v.server.Conditions {
-		failed := 0.0
-		if c.Status == metav1.ConditionFalse {
-			failed = 1
+		for label, value := range metric.values {
+			add(metric.name, value, label)
 		}
-		add(conditionMetric, failed, c.Type)
-	}
-	for code, n := range s3Errors.all() {
-		add(s3ErrorMetric, float64(n), code)
 	}
 	return result, nil
 }
