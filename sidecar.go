@@ -40,7 +40,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
@@ -48,6 +47,7 @@ import (
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/pager"
 )
 
 // pluginSocket is where the instance manager looks for plugins: the file name is the plugin's name.
@@ -594,25 +594,24 @@ func (b *backupObject) ended() bool {
 
 // backups lists the Backup objects of a cluster.
 func (k *kubeSource) backups(ctx context.Context, cluster *Cluster) (found []*backupObject, err error) {
-	options := metav1.ListOptions{Limit: 200}
-	for {
-		page, err := k.client.Resource(k.group.WithResource("backups")).Namespace(k.namespace).List(ctx, options)
-		if err != nil {
-			return nil, fmt.Errorf("list the Backup objects of Cluster %s/%s: %w", k.namespace, cluster.Name, err)
+	client := k.client.Resource(k.group.WithResource("backups")).Namespace(k.namespace)
+	pages := pager.New(func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+		return client.List(ctx, options)
+	})
+	err = pages.EachListItem(ctx, metav1.ListOptions{}, func(object runtime.Object) error {
+		b := &backupObject{}
+		if err := fromUnstructured(object, b); err != nil {
+			return err
 		}
-		for i := range page.Items {
-			b := &backupObject{}
-			if err := runtime.DefaultUnstructuredConverter.FromUnstructured(page.Items[i].Object, b); err != nil {
-				return nil, fmt.Errorf("Backup %s/%s: %w", k.namespace, page.Items[i].GetName(), err)
-			}
-			if b.Spec.Cluster.Name == cluster.Name {
-				found = append(found, b)
-			}
+		if b.Spec.Cluster.Name == cluster.Name {
+			found = append(found, b)
 		}
-		if options.Continue = page.GetContinue(); options.Continue == "" {
-			return found, nil
-		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list the Backup objects of Cluster %s/%s: %w", k.namespace, cluster.Name, err)
 	}
+	return found, nil
 }
 
 // dropBackups deletes the Backup objects whose backup has left the catalog, but only those
@@ -1299,28 +1298,23 @@ func (d *remover) flush(ctx context.Context) error {
 // opens it anew when its configuration has changed.
 type openStores struct {
 	mu     sync.Mutex
-	stores map[StoreRef]openStore
-}
-
-type openStore struct {
-	config StoreConfig
-	store  *Store
+	stores map[StoreRef]*Store
 }
 
 func (o *openStores) open(ctx context.Context, ref StoreRef, c StoreConfig) (*Store, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if known, ok := o.stores[ref]; ok && reflect.DeepEqual(known.config, c) {
-		return known.store, nil
+	if known := o.stores[ref]; known != nil && reflect.DeepEqual(known.Config, c) {
+		return known, nil
 	}
 	s, err := OpenStore(ctx, c)
 	if err != nil {
 		return nil, err
 	}
 	if o.stores == nil {
-		o.stores = map[StoreRef]openStore{}
+		o.stores = map[StoreRef]*Store{}
 	}
-	o.stores[ref] = openStore{c, s}
+	o.stores[ref] = s
 	return s, nil
 }
 
@@ -1364,19 +1358,17 @@ func (f *fileSource) load() error {
 	decoder := kubeyaml.NewYAMLOrJSONDecoder(file, 4096)
 	for document := 1; ; document++ {
 		var raw json.RawMessage
-		if err := decoder.Decode(&raw); err == io.EOF {
-			break
-		} else if err != nil {
-			return fmt.Errorf("%s, document %d: %w", f.path, document, err)
-		}
-		if len(raw) == 0 {
-			continue
-		}
 		var head metav1.PartialObjectMetadata
-		if err := json.Unmarshal(raw, &head); err != nil {
+		err := decoder.Decode(&raw)
+		if err == io.EOF {
+			break
+		}
+		if err == nil && len(raw) > 0 {
+			err = json.Unmarshal(raw, &head)
+		}
+		if err != nil {
 			return fmt.Errorf("%s, document %d: %w", f.path, document, err)
 		}
-		var err error
 		switch {
 		case head.Kind == "ObjectStore" && strings.HasPrefix(head.APIVersion, objectStores.Group+"/"):
 			o := &ObjectStore{}
@@ -1556,7 +1548,7 @@ func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResour
 	case !found:
 		return fmt.Errorf("%s: %w: create it, or correct its name where it is referred to", what, errNoObject)
 	}
-	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(object.(*unstructured.Unstructured).Object, into); err != nil {
+	if err := fromUnstructured(object, into); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
