@@ -366,14 +366,7 @@ func runRestore(ctx context.Context, args []string) error {
 	fs.StringVar(&target.TargetTLI, "target-timeline", "", "recover along this `timeline`: a number, current, or latest (default latest)")
 	fs.StringVar(&target.BackupID, "backup-id", "", "start from the backup of this `ID` (default: the newest that fits the target)")
 	o := restoreOptions{Tablespaces: map[string]string{}}
-	fs.Func("tablespace", "restore a tablespace to another path, `NAME:PATH`; may be repeated", func(v string) error {
-		name, location, ok := strings.Cut(v, ":")
-		if !ok {
-			return errors.New("must be NAME:PATH")
-		}
-		o.Tablespaces[name] = location
-		return nil
-	})
+	fs.Func("tablespace", "restore a tablespace to another path, `NAME:PATH`; may be repeated", pairInto(o.Tablespaces, ":"))
 	fs.IntVar(&o.Jobs, "jobs", 0, "fetch up to `N` archives of the backup at once (default data.jobs of the ObjectStore)")
 	s, err := fs.open(ctx, args, "DIRECTORY")
 	if err != nil {

@@ -521,16 +521,6 @@ func parseCommandArgs(field string, args []string) (commandArgs, error) {
 	size := func(p *int64) func(string) error {
 		return func(v string) (err error) { *p, err = parseSize(v); return err }
 	}
-	pairs := func(m map[string]string, separator string) func(string) error {
-		return func(v string) error {
-			key, value, ok := strings.Cut(v, separator)
-			if !ok {
-				return fmt.Errorf("must be KEY%sVALUE", separator)
-			}
-			m[key] = value
-			return nil
-		}
-	}
 	add(text(&c.AddressingStyle, "auto", "path", "virtual"), "addressing-style")
 	add(text(&c.Profile), "aws-profile", "P", "profile")
 	add(text(&c.Encryption, "AES256", "aws:kms"), "encryption", "e")
@@ -539,9 +529,9 @@ func parseCommandArgs(field string, args []string) (commandArgs, error) {
 	add(size(&c.MinChunkSize), "min-chunk-size")
 	add(size(&c.MaxArchiveSize), "max-archive-size", "S")
 	add(size(&c.MaxBandwidth), "max-bandwidth")
-	add(pairs(c.Tablespaces, ":"), "tablespace")
-	add(pairs(c.Tags, ","), "tag", "tags")
-	add(pairs(c.HistoryTags, ","), "history-tag", "history-tags")
+	add(pairInto(c.Tablespaces, ":"), "tablespace")
+	add(pairInto(c.Tags, ","), "tag", "tags")
+	add(pairInto(c.HistoryTags, ","), "history-tag", "history-tags")
 	fs.BoolVar(&c.NoPartial, "no-partial", false, "")
 	fs.Func("read-timeout", "", func(v string) error {
 		n, err := strconv.Atoi(v)
@@ -565,6 +555,18 @@ func parseCommandArgs(field string, args []string) (commandArgs, error) {
 		return c, fmt.Errorf("%s: %q is not an argument: write --name=value, or --name and value as two list elements", field, fs.Arg(0))
 	}
 	return c, nil
+}
+
+// pairInto reads a flag that may be repeated, each time with a key and a value.
+func pairInto(m map[string]string, separator string) func(string) error {
+	return func(v string) error {
+		key, value, ok := strings.Cut(v, separator)
+		if !ok {
+			return fmt.Errorf("must be KEY%sVALUE", separator)
+		}
+		m[key] = value
+		return nil
+	}
 }
 
 // parseSize reads a size as Barman does, where GB and G mean 2^30 and GiB means 10^9
