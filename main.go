@@ -183,19 +183,13 @@ func logFormat() string {
 // levelTrace is below slog's own levels.
 const levelTrace = slog.Level(-8)
 
-var levelNames = map[slog.Level]string{slog.LevelError: "error", slog.LevelWarn: "warning", slog.LevelInfo: "info", slog.LevelDebug: "debug", levelTrace: "trace"}
+var levels = map[string]slog.Level{"error": slog.LevelError, "warning": slog.LevelWarn, "info": slog.LevelInfo, "debug": slog.LevelDebug, "trace": levelTrace}
 
 // setLogger writes logs to standard error in the shape of CloudNativePG's own: level,
 // ts, msg, logger, logging_pod, and the caller at debug and trace.
 func setLogger(name, format string) error {
-	var level slog.Level
-	found := false
-	for l, n := range levelNames {
-		if n == name {
-			level, found = l, true
-		}
-	}
-	if !found {
+	level, ok := levels[name]
+	if !ok {
 		return fmt.Errorf("%q is not one of error, warning, info, debug, trace", name)
 	}
 	o := &slog.HandlerOptions{Level: level, AddSource: level <= slog.LevelDebug, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
@@ -208,8 +202,10 @@ func setLogger(name, format string) error {
 				return slog.String("ts", v.UTC().Format(time.RFC3339Nano))
 			}
 		case slog.Level:
-			if a.Key == slog.LevelKey {
-				return slog.String(slog.LevelKey, levelNames[v])
+			for name, level := range levels {
+				if a.Key == slog.LevelKey && level == v {
+					return slog.String(slog.LevelKey, name)
+				}
 			}
 		case *slog.Source:
 			return slog.String("caller", fmt.Sprintf("%s:%d", filepath.Base(v.File), v.Line))

@@ -1811,11 +1811,11 @@ const maxSkew = time.Minute
 // checkStore tries with small objects whatever the plugin asks of a store, and tells of each
 // thing whether it works. It leaves nothing behind. Without access it stops at once.
 func checkStore(ctx context.Context, s *Store, tell func(what, note string, err error)) {
-	needs := func(permission string, err error) error {
+	tellOf := func(what, permission string, err error) {
 		if errors.Is(err, errDenied) {
-			return fmt.Errorf("%w; needed is %s", err, permission)
+			err = fmt.Errorf("%w; needed is %s", err, permission)
 		}
-		return err
+		tell(what, "", err)
 	}
 	server, err := s.ServerTime(ctx)
 	if err != nil {
@@ -1826,10 +1826,11 @@ func checkStore(ctx context.Context, s *Store, tell func(what, note string, err 
 			style := map[bool]string{true: "virtual", false: "path"}[s.client.Options().UsePathStyle]
 			err = fmt.Errorf("%w; it works with the other addressing style: add --addressing-style=%s to wal.archiveAdditionalCommandArgs", err, style)
 		}
-		tell("access, list", "", needs("s3:ListBucket", err))
+	}
+	tellOf("access, list", "s3:ListBucket", err)
+	if err != nil {
 		return
 	}
-	tell("access, list", "", nil)
 	skew := time.Since(server).Round(time.Second)
 	if server.IsZero() {
 		tell("clock", "the server does not tell its time", nil)
@@ -1852,11 +1853,11 @@ func checkStore(ctx context.Context, s *Store, tell func(what, note string, err 
 				}
 			}
 		}
-		tell("delete", "", needs("s3:DeleteObject", err))
+		tellOf("delete", "s3:DeleteObject", err)
 	}()
 	content := []byte(key)
 	err = s.Put(ctx, small, content, putOptions{Metadata: map[string]string{contentSum: sumOf(content)}})
-	tell("write", "", needs("s3:PutObject, with tags s3:PutObjectTagging, with aws:kms the use of the key", err))
+	tellOf("write", "s3:PutObject, with tags s3:PutObjectTagging, with aws:kms the use of the key", err)
 	if err != nil {
 		return
 	}
@@ -1868,18 +1869,17 @@ func checkStore(ctx context.Context, s *Store, tell func(what, note string, err 
 	case metadata[contentSum] != sumOf(content):
 		err = fmt.Errorf("%s has lost its user metadata: what stands between here and the store drops x-amz-meta-* headers", s.URL(small))
 	}
-	tell("read", "", needs("s3:GetObject", err))
+	tellOf("read", "s3:GetObject", err)
 	err = s.Put(ctx, small, content, putOptions{IfAbsent: true})
-	switch {
-	case errors.Is(err, errPrecondition):
-		tell("conditional write", "", nil)
-	case err == nil:
-		tell("conditional write", "this server overwrites in spite of If-None-Match: two writers that archive the same name at the same moment are not told apart", nil)
-	default:
-		tell("conditional write", "", err)
+	note := ""
+	if err == nil {
+		note = "this server overwrites in spite of If-None-Match: two writers that archive the same name at the same moment are not told apart"
+	} else if errors.Is(err, errPrecondition) {
+		err = nil
 	}
+	tell("conditional write", note, err)
 	w := s.NewWriter(ctx, large, putOptions{Data: true})
-	if _, err = io.CopyN(w, zeros{}, minPartSize+1); err != nil {
+	if _, err = w.Write(make([]byte, minPartSize+1)); err != nil {
 		w.Abort()
 	} else if err = w.Close(); err == nil {
 		var h head
@@ -1887,15 +1887,10 @@ func checkStore(ctx context.Context, s *Store, tell func(what, note string, err 
 			err = fmt.Errorf("%s has %d bytes instead of %d", s.URL(large), h.Size, minPartSize+1)
 		}
 	}
-	tell("multipart upload", "", needs("s3:PutObject and s3:AbortMultipartUpload", err))
+	tellOf("multipart upload", "s3:PutObject and s3:AbortMultipartUpload", err)
 	_, err = s.Uploads(ctx, key)
-	tell("list uploads", "", needs("s3:ListBucketMultipartUploads", err))
+	tellOf("list uploads", "s3:ListBucketMultipartUploads", err)
 }
-
-// zeros is a source of zero bytes.
-type zeros struct{}
-
-func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 // sumOf is the SHA-256 of content in hex.
 func sumOf(content []byte) string {
