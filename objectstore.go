@@ -413,8 +413,7 @@ type StoreConfig struct {
 }
 
 // ResolveStore checks an ObjectStore and reads the secrets that it names. secret
-// returns one key of one Secret and words its own error; endpointCA is read through it
-// too when ca is nil.
+// returns one key of one Secret and words its own error.
 func ResolveStore(o *ObjectStore, serverName string, secret func(SecretKeySelector) ([]byte, error)) (StoreConfig, error) {
 	name := path.Join(o.Namespace, o.Name)
 	c := StoreConfig{Name: name, ServerName: serverName, Configuration: o.Spec.Configuration, RetentionPolicy: o.Spec.RetentionPolicy}

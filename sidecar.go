@@ -314,12 +314,6 @@ func failureReason(err error, otherwise string) string {
 	return otherwise
 }
 
-// passing says whether a failure of something that is tried again and again may pass by
-// itself; a Role may be a moment behind its Cluster.
-func passing(kind string, err error) bool {
-	return kind == conditionArchiving && (errors.Is(err, errTransient) || errors.Is(err, errForbidden))
-}
-
 // tell brings conditions and Events up to date with the findings. An Event tells a change
 // of a condition, not one of its message.
 func (r *report) tell(ctx context.Context) error {
@@ -333,7 +327,9 @@ func (r *report) tell(ctx context.Context) error {
 		if f.err != nil {
 			c.Status, c.Message = metav1.ConditionFalse, clip(f.err.Error(), maxConditionMessage)
 		}
-		if !passing(key.kind, f.err) || time.Since(f.since) >= passingPatience {
+		// A WAL file is tried again and again, and a Role may be a moment behind its Cluster.
+		passing := key.kind == conditionArchiving && (errors.Is(f.err, errTransient) || errors.Is(f.err, errForbidden))
+		if !passing || time.Since(f.since) >= passingPatience {
 			news[key.at] = append(news[key.at], c)
 		}
 	}
@@ -1480,9 +1476,7 @@ type kubeSource struct {
 	group     schema.GroupVersion // of the Clusters
 	life      context.Context     // of the watches
 	stores    openStores
-
-	mu      sync.Mutex
-	watches map[watchKey]*objectWatch
+	watches   sync.Map // of *objectWatch by watchKey
 }
 
 type watchKey struct {
@@ -1504,7 +1498,7 @@ func kubeSourceFor(ctx context.Context, c *rest.Config, namespace, cluster strin
 		return nil, fmt.Errorf("make a Kubernetes client: %w", err)
 	}
 	group := schema.GroupVersion{Group: cmp.Or(os.Getenv("CUSTOM_CNPG_GROUP"), "postgresql.cnpg.io"), Version: cmp.Or(os.Getenv("CUSTOM_CNPG_VERSION"), "v1")}
-	return &kubeSource{client: client, namespace: namespace, cluster: cluster, group: group, life: ctx, watches: map[watchKey]*objectWatch{}}, nil
+	return &kubeSource{client: client, namespace: namespace, cluster: cluster, group: group, life: ctx}, nil
 }
 
 // objectWatch follows one object by its name, once that has been seen.
@@ -1518,15 +1512,8 @@ const firstRequestTimeout = 15 * time.Second
 
 // get reads an object as it was last seen. Its errors wrap errNoObject, errForbidden or errTransient.
 func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResource, kind, name string, into any) error {
-	key := watchKey{resource, name}
-	k.mu.Lock()
-	w, ok := k.watches[key]
-	if !ok {
-		w = &objectWatch{}
-		k.watches[key] = w
-	}
-	k.mu.Unlock()
-
+	known, _ := k.watches.LoadOrStore(watchKey{resource, name}, &objectWatch{})
+	w := known.(*objectWatch)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var err error
@@ -1610,21 +1597,15 @@ func (k *kubeSource) UpdateStatus(ctx context.Context, ref StoreRef, change func
 	if err != nil {
 		return err
 	}
-	own := func(w RecoveryWindow, s ServerStatus) ([]byte, error) {
-		return json.Marshal(map[string]any{"status": ObjectStoreStatus{
+	own := func(w RecoveryWindow, s ServerStatus) []byte {
+		b, _ := json.Marshal(map[string]any{"status": ObjectStoreStatus{ // which can be marshalled
 			ServerRecoveryWindow: map[string]RecoveryWindow{ref.ServerName: w}, Servers: map[string]ServerStatus{ref.ServerName: s}}})
+		return b
 	}
 	w, server := st.ServerRecoveryWindow[ref.ServerName], st.Servers[ref.ServerName]
-	before, err := own(w, server)
-	if err != nil {
-		return err
-	}
+	before := own(w, server)
 	change(&w, &server)
-	after, err := own(w, server)
-	if err != nil {
-		return err
-	}
-	patch, err := jsonpatch.CreateMergePatch(before, after)
+	patch, err := jsonpatch.CreateMergePatch(before, own(w, server))
 	if err != nil || string(patch) == "{}" {
 		return err
 	}
