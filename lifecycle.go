@@ -393,7 +393,7 @@ func (o *operator) storesOf(ctx context.Context, c *Cluster) (stores []*ObjectSt
 			return nil, nil, status.Errorf(codes.Unavailable, "get ObjectStore %s/%s: %v", c.Namespace, r.ref.ObjectStore, err)
 		}
 		// Everything but the Secrets, which only the sidecar may and does read.
-		if _, err := ResolveStore(store, r.ref.ServerName, func(SecretKeySelector) ([]byte, error) { return nil, nil }); err != nil && needed {
+		if _, err := ResolveStore(store, r.ref.ServerName, func(corev1.SecretKeySelector) ([]byte, error) { return nil, nil }); err != nil && needed {
 			return nil, nil, status.Error(codes.FailedPrecondition, err.Error())
 		}
 		stores = append(stores, store)
@@ -792,7 +792,7 @@ func credentialSecrets(s *ObjectStore) (names []string) {
 	if c == nil || c.InheritFromIAMRole {
 		return nil
 	}
-	for _, selector := range []*SecretKeySelector{c.AccessKeyID, c.SecretAccessKey, c.Region, c.SessionToken} {
+	for _, selector := range []*corev1.SecretKeySelector{c.AccessKeyID, c.SecretAccessKey, c.Region, c.SessionToken} {
 		if selector != nil {
 			names = append(names, selector.Name)
 		}
@@ -964,7 +964,7 @@ func secretsOf(s *ObjectStore) []string {
 func (o *operator) judge(ctx context.Context, store *ObjectStore) (metav1.Condition, error) {
 	verdict := metav1.Condition{Type: conditionReady, Status: metav1.ConditionFalse, ObservedGeneration: store.Generation}
 	var failed error
-	config, err := ResolveStore(store, "any", func(sel SecretKeySelector) ([]byte, error) {
+	config, err := ResolveStore(store, "any", func(sel corev1.SecretKeySelector) ([]byte, error) {
 		s, err := o.secret(ctx, store.Namespace, sel.Name)
 		switch {
 		case err != nil:

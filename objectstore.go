@@ -107,9 +107,9 @@ type InstanceSidecarConfiguration struct {
 
 // Configuration is the barmanObjectStore stanza: where the objects go and in which form.
 type Configuration struct {
-	DestinationPath string             `json:"destinationPath"` // s3://bucket[/path]
-	EndpointURL     string             `json:"endpointURL,omitempty"`
-	EndpointCA      *SecretKeySelector `json:"endpointCA,omitempty"`
+	DestinationPath string                    `json:"destinationPath"` // s3://bucket[/path]
+	EndpointURL     string                    `json:"endpointURL,omitempty"`
+	EndpointCA      *corev1.SecretKeySelector `json:"endpointCA,omitempty"`
 	// ServerName exists in the schema only to be refused: it is a plugin parameter.
 	ServerName  string         `json:"serverName,omitempty"`
 	Credentials *S3Credentials `json:"s3Credentials,omitempty"`
@@ -124,20 +124,14 @@ type Configuration struct {
 	HistoryTags map[string]string `json:"historyTags,omitempty"`
 }
 
-// SecretKeySelector names one key of a Secret in the ObjectStore's namespace.
-type SecretKeySelector struct {
-	Name string `json:"name"`
-	Key  string `json:"key"`
-}
-
-// S3Credentials says where keys come from: Secrets, or with InheritFromIAMRole the
+// S3Credentials says where keys come from: Secrets in the ObjectStore's namespace, or with InheritFromIAMRole the
 // AWS SDK's default chain, in which case every other field is ignored.
 type S3Credentials struct {
-	AccessKeyID        *SecretKeySelector `json:"accessKeyId,omitempty"`
-	SecretAccessKey    *SecretKeySelector `json:"secretAccessKey,omitempty"`
-	Region             *SecretKeySelector `json:"region,omitempty"`
-	SessionToken       *SecretKeySelector `json:"sessionToken,omitempty"`
-	InheritFromIAMRole bool               `json:"inheritFromIAMRole,omitempty"`
+	AccessKeyID        *corev1.SecretKeySelector `json:"accessKeyId,omitempty"`
+	SecretAccessKey    *corev1.SecretKeySelector `json:"secretAccessKey,omitempty"`
+	Region             *corev1.SecretKeySelector `json:"region,omitempty"`
+	SessionToken       *corev1.SecretKeySelector `json:"sessionToken,omitempty"`
+	InheritFromIAMRole bool                      `json:"inheritFromIAMRole,omitempty"`
 }
 
 // WALConfiguration is how WAL is stored.
@@ -414,7 +408,7 @@ type StoreConfig struct {
 
 // ResolveStore checks an ObjectStore and reads the secrets that it names. secret
 // returns one key of one Secret and words its own error.
-func ResolveStore(o *ObjectStore, serverName string, secret func(SecretKeySelector) ([]byte, error)) (StoreConfig, error) {
+func ResolveStore(o *ObjectStore, serverName string, secret func(corev1.SecretKeySelector) ([]byte, error)) (StoreConfig, error) {
 	name := path.Join(o.Namespace, o.Name)
 	c := StoreConfig{Name: name, ServerName: serverName, Configuration: o.Spec.Configuration, RetentionPolicy: o.Spec.RetentionPolicy}
 	fail := func(format string, a ...any) (StoreConfig, error) {
@@ -438,7 +432,7 @@ func ResolveStore(o *ObjectStore, serverName string, secret func(SecretKeySelect
 		return fail("missing secret access key: set s3Credentials.secretAccessKey")
 	default:
 		for _, field := range []struct {
-			selector *SecretKeySelector
+			selector *corev1.SecretKeySelector
 			value    *string
 		}{
 			{cred.AccessKeyID, &c.AccessKeyID}, {cred.SecretAccessKey, &c.SecretAccessKey},
@@ -2217,13 +2211,10 @@ func parseField(field any, v string) (err error) {
 
 // parsePythonTime reads what Barman of any age writes. A time without zone is taken as UTC.
 func parsePythonTime(v string) (time.Time, error) {
-	for _, layout := range []string{"2006-01-02 15:04:05Z07:00", "2006-01-02T15:04:05Z07:00", "2006-01-02 15:04:05-07",
-		"2006-01-02 15:04:05", "2006-01-02T15:04:05", time.ANSIC} {
-		if t, err := time.Parse(layout, v); err == nil { // a fraction after the seconds is accepted by Parse
-			return t, nil
-		}
+	if t, err := time.Parse(time.ANSIC, v); err == nil {
+		return t, nil
 	}
-	return time.Time{}, fmt.Errorf("%q is not a time", v)
+	return parseTargetTime(v)
 }
 
 // marshal writes the file: one key=value line each, keys in alphabetical order.

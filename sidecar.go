@@ -1403,7 +1403,7 @@ func (f *fileSource) Store(ctx context.Context, ref StoreRef) (*Store, error) {
 		return nil, fmt.Errorf("ObjectStore %s: %w in %s, which holds %s", ref.ObjectStore, errNoObject, f.path,
 			strings.Join(slices.Sorted(maps.Keys(f.objects)), ", "))
 	}
-	c, err := ResolveStore(o, ref.ServerName, func(sel SecretKeySelector) ([]byte, error) {
+	c, err := ResolveStore(o, ref.ServerName, func(sel corev1.SecretKeySelector) ([]byte, error) {
 		s, ok := f.secrets[sel.Name]
 		if !ok {
 			return nil, fmt.Errorf("Secret %s: %w in %s", sel.Name, errNoObject, f.path)
@@ -1448,7 +1448,7 @@ func (f *fileSource) UpdateStatus(_ context.Context, ref StoreRef, change func(*
 func (f *fileSource) Tell(context.Context, string, string, string) error { return nil }
 
 // secretKey takes one key out of a Secret.
-func secretKey(s *corev1.Secret, sel SecretKeySelector) ([]byte, error) {
+func secretKey(s *corev1.Secret, sel corev1.SecretKeySelector) ([]byte, error) {
 	v, ok := s.Data[sel.Key]
 	if !ok {
 		return nil, fmt.Errorf("missing key %s, inside secret %s: %w (it has %s)", sel.Key, sel.Name, errNoObject,
@@ -1569,7 +1569,7 @@ func (k *kubeSource) Store(ctx context.Context, ref StoreRef) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := ResolveStore(o, ref.ServerName, func(sel SecretKeySelector) ([]byte, error) {
+	c, err := ResolveStore(o, ref.ServerName, func(sel corev1.SecretKeySelector) ([]byte, error) {
 		if ca := o.Spec.Configuration.EndpointCA; ca != nil && *ca == sel {
 			return os.ReadFile(filepath.Join(certificatesDirectory, o.Name, "barman-ca.crt"))
 		}
