@@ -117,14 +117,13 @@ func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)
 
 // exitCode tells the error and chooses the exit code.
 func exitCode(subcommand string, err error) int {
-	var usage usageError
-	var code exitStatus
-	switch {
-	case err == nil || errors.Is(err, flag.ErrHelp):
+	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
-	case errors.As(err, &code):
+	}
+	if code, ok := errors.AsType[exitStatus](err); ok {
 		return int(code)
-	case errors.As(err, &usage):
+	}
+	if _, ok := errors.AsType[usageError](err); ok {
 		fmt.Fprintf(os.Stderr, "cnpg-barman-s3: %v\n", err)
 		return exitUsage
 	}

@@ -827,9 +827,8 @@ func (e *storeError) Error() string {
 
 // describe shortens the SDK's error to status, code, message and request id.
 func describe(err error) string {
-	var api smithy.APIError
-	var response *awshttp.ResponseError
-	if errors.As(err, &response) && errors.As(err, &api) {
+	response, answered := errors.AsType[*awshttp.ResponseError](err)
+	if api, ok := errors.AsType[smithy.APIError](err); ok && answered {
 		text := fmt.Sprintf("%d %s", response.HTTPStatusCode(), api.ErrorCode())
 		if m := api.ErrorMessage(); m != "" && m != api.ErrorCode() {
 			text += ": " + m
@@ -839,13 +838,12 @@ func describe(err error) string {
 		}
 		return text
 	}
-	var unsent *smithyhttp.RequestSendError // no reply: what the SDK puts around it says nothing more
-	var operation *smithy.OperationError
-	switch {
-	case errors.As(err, &unsent):
-		err = unsent.Err
-	case errors.As(err, &operation):
-		err = operation.Err
+	// no reply: what the SDK puts around it says nothing more
+	if unsent, ok := errors.AsType[*smithyhttp.RequestSendError](err); ok {
+		return unsent.Err.Error()
+	}
+	if operation, ok := errors.AsType[*smithy.OperationError](err); ok {
+		return operation.Err.Error()
 	}
 	return err.Error()
 }
@@ -857,12 +855,10 @@ func (s *Store) wrap(op, key string, err error) error {
 	}
 	e := &storeError{op: op, url: s.URL(key), err: err}
 	status, code := 0, ""
-	var response *awshttp.ResponseError
-	if errors.As(err, &response) {
+	if response, ok := errors.AsType[*awshttp.ResponseError](err); ok {
 		status = response.HTTPStatusCode()
 	}
-	var api smithy.APIError
-	if errors.As(err, &api) {
+	if api, ok := errors.AsType[smithy.APIError](err); ok {
 		code = api.ErrorCode()
 	}
 	where := cmp.Or(s.Config.Configuration.EndpointURL, "AWS")
@@ -962,9 +958,6 @@ func (s *Store) walPrefix(name string) string {
 
 // baseKey is the key of a file of base backup id; with an empty file, the backup's directory.
 func (s *Store) baseKey(id, file string) string {
-	if file == "" {
-		return s.key("base", id+"/")
-	}
 	return s.key("base", id, file)
 }
 
@@ -1092,10 +1085,7 @@ const maxServerNames = 100
 // ServerNames returns the server names that have WAL or backups under the destination
 // path, for the message that the configured one has none.
 func (s *Store) ServerNames(ctx context.Context) ([]string, error) {
-	root := s.prefix
-	if root != "" {
-		root += "/"
-	}
+	root := strings.TrimSuffix(s.key(""), s.Config.ServerName+"/")
 	directories, err := s.ListDirectories(ctx, root)
 	if err != nil {
 		return nil, err
@@ -1140,8 +1130,7 @@ func (s *Store) CreateBucket(ctx context.Context) error {
 		input.CreateBucketConfiguration = &s3types.CreateBucketConfiguration{LocationConstraint: s3types.BucketLocationConstraint(region)}
 	}
 	_, err := s.client.CreateBucket(ctx, input)
-	var owned *s3types.BucketAlreadyOwnedByYou
-	if errors.As(err, &owned) {
+	if _, owned := errors.AsType[*s3types.BucketAlreadyOwnedByYou](err); owned {
 		return nil
 	}
 	return s.wrap("create bucket", "", err)
@@ -2414,8 +2403,13 @@ func (s *Store) BackupObjects(ctx context.Context, c *Catalog) (map[string]*back
 			b.ours = true
 		}
 		if file == keepFile {
-			if b.keep, err = s.readKeep(ctx, id); err != nil {
+			content, _, err := s.read(ctx, o.Key, 64)
+			if err != nil {
 				return nil, err
+			}
+			b.keep = "full" // which is what anything else but standalone means
+			if string(content) == "standalone" {
+				b.keep = "standalone"
 			}
 		}
 	}
@@ -2461,15 +2455,6 @@ func (s *Store) ReadBackupInfo(ctx context.Context, id string) (*BackupInfo, err
 		b.BadPageCount, _ = strconv.Atoi(list[0])
 	}
 	return b, nil
-}
-
-// readKeep reads the keep annotation of a backup. Whatever does not say standalone means full.
-func (s *Store) readKeep(ctx context.Context, id string) (string, error) {
-	content, _, err := s.read(ctx, s.baseKey(id, keepFile), 64)
-	if string(content) == "standalone" {
-		return "standalone", err
-	}
-	return "full", err
 }
 
 // WriteBackupInfo stores a backup.info. It is the last object of a backup to be written.
