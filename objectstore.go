@@ -1711,8 +1711,7 @@ type upload struct {
 // Uploads lists the unfinished multipart uploads under a prefix.
 func (s *Store) Uploads(ctx context.Context, prefix string) ([]upload, error) {
 	var uploads []upload
-	input := &s3.ListMultipartUploadsInput{Bucket: &s.bucket, Prefix: &prefix}
-	pages := s3.NewListMultipartUploadsPaginator(s.client, input)
+	pages := s3.NewListMultipartUploadsPaginator(s.client, &s3.ListMultipartUploadsInput{Bucket: &s.bucket, Prefix: &prefix})
 	for pages.HasMorePages() {
 		page, err := pages.NextPage(ctx)
 		if err != nil {

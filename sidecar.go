@@ -1297,21 +1297,26 @@ type openStores struct {
 	stores map[StoreRef]*Store
 }
 
-func (o *openStores) open(ctx context.Context, ref StoreRef, c StoreConfig) (*Store, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if known := o.stores[ref]; known != nil && reflect.DeepEqual(known.Config, c) {
-		return known, nil
-	}
-	s, err := OpenStore(ctx, c)
+// open resolves the secrets of o each time, as ResolveStore does.
+func (s *openStores) open(ctx context.Context, ref StoreRef, o *ObjectStore, secret func(corev1.SecretKeySelector) ([]byte, error)) (*Store, error) {
+	c, err := ResolveStore(o, ref.ServerName, secret)
 	if err != nil {
 		return nil, err
 	}
-	if o.stores == nil {
-		o.stores = map[StoreRef]*Store{}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if known := s.stores[ref]; known != nil && reflect.DeepEqual(known.Config, c) {
+		return known, nil
 	}
-	o.stores[ref] = s
-	return s, nil
+	opened, err := OpenStore(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	if s.stores == nil {
+		s.stores = map[StoreRef]*Store{}
+	}
+	s.stores[ref] = opened
+	return opened, nil
 }
 
 // ---------------------------------------------------------------------------
@@ -1403,17 +1408,13 @@ func (f *fileSource) Store(ctx context.Context, ref StoreRef) (*Store, error) {
 		return nil, fmt.Errorf("ObjectStore %s: %w in %s, which holds %s", ref.ObjectStore, errNoObject, f.path,
 			strings.Join(slices.Sorted(maps.Keys(f.objects)), ", "))
 	}
-	c, err := ResolveStore(o, ref.ServerName, func(sel corev1.SecretKeySelector) ([]byte, error) {
+	return f.stores.open(ctx, ref, o, func(sel corev1.SecretKeySelector) ([]byte, error) {
 		s, ok := f.secrets[sel.Name]
 		if !ok {
 			return nil, fmt.Errorf("Secret %s: %w in %s", sel.Name, errNoObject, f.path)
 		}
 		return secretKey(s, sel)
 	})
-	if err != nil {
-		return nil, err
-	}
-	return f.stores.open(ctx, ref, c)
 }
 
 // names are the ObjectStores of the file.
@@ -1569,7 +1570,7 @@ func (k *kubeSource) Store(ctx context.Context, ref StoreRef) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := ResolveStore(o, ref.ServerName, func(sel corev1.SecretKeySelector) ([]byte, error) {
+	return k.stores.open(k.life, ref, o, func(sel corev1.SecretKeySelector) ([]byte, error) {
 		if ca := o.Spec.Configuration.EndpointCA; ca != nil && *ca == sel {
 			return os.ReadFile(filepath.Join(certificatesDirectory, o.Name, "barman-ca.crt"))
 		}
@@ -1579,10 +1580,6 @@ func (k *kubeSource) Store(ctx context.Context, ref StoreRef) (*Store, error) {
 		}
 		return secretKey(s, sel)
 	})
-	if err != nil {
-		return nil, err
-	}
-	return k.stores.open(k.life, ref, c)
 }
 
 func (k *kubeSource) Status(ctx context.Context, objectStore string) (ObjectStoreStatus, error) {
