@@ -405,15 +405,11 @@ func runList(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	objects, err := s.BackupObjects(ctx, c)
-	if err != nil {
-		return err
-	}
 	timelines, err := walCoverage(ctx, s, c)
 	if err != nil {
 		return err
 	}
-	rows := listRows(c, objects)
+	rows := listRows(c)
 	if len(rows) == 0 {
 		slog.Warn("There is no backup", "reason", nothingThere(ctx, s))
 	}
@@ -594,13 +590,12 @@ type listRow struct {
 	BadPages     []string `json:"badPages,omitempty"`
 }
 
-func listRows(c *Catalog, objects map[string]*backupObjects) []listRow {
+func listRows(c *Catalog) []listRow {
 	rows := []listRow{}
 	for _, b := range c.all() {
-		size := cmp.Or(objects[b.ID], &backupObjects{}).size
 		rows = append(rows, listRow{ID: b.ID, Name: b.BackupName, Status: b.Status, Error: b.Error,
 			BeginTime: timestamp(b.BeginTime), EndTime: timestamp(b.EndTime), Timeline: b.Timeline,
-			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: size, Keep: b.Keep,
+			BeginWAL: b.BeginWAL, EndWAL: b.EndWAL, BeginLSN: b.BeginLSN, EndLSN: b.EndLSN, Size: c.objects[b.ID].size, Keep: b.Keep,
 			BadPageCount: b.BadPageCount, BadPages: b.BadPages})
 	}
 	return rows

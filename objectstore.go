@@ -2095,7 +2095,7 @@ type BackupInfo struct {
 	BadPages     []string
 	BadPageCount int
 
-	// Keep is what BackupObjects found: full, standalone (without the WAL that follows), or "".
+	// Keep is what its annotation says: full, standalone (without the WAL that follows), or "".
 	Keep string
 
 	// barmanOnly are the lines of newer Barmans that say what we cannot delete: a chain of
@@ -2316,6 +2316,16 @@ type Catalog struct {
 	Backups    []*BackupInfo    // every readable backup.info, in the order of the ids
 	Incomplete []string         // ids without backup.info: a backup in progress, or an abandoned one
 	Unreadable map[string]error // ids whose backup.info is there but cannot be understood
+
+	objects map[string]*backupObjects // by id
+}
+
+// backupObjects is what a listing says of the objects of one backup.
+type backupObjects struct {
+	size    int64
+	written time.Time // the last time
+	ours    bool      // some are of the layout
+	keep    string    // the annotation: full, standalone, or "" where there is none
 }
 
 // backupIDForm is a backup id: the time of its start, by whose text backups are ordered.
@@ -2326,14 +2336,42 @@ const backupIDLayout = "20060102T150405"
 // catalogReaders is how many backup.info are fetched at once.
 const catalogReaders = 8
 
-// Catalog reads every backup.info of the server. One that cannot be understood does not hide the others.
+// Catalog lists what lies under base/ and reads every backup.info of the server. One that
+// cannot be understood does not hide the others.
 func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
-	ids, err := s.ListDirectories(ctx, s.key("base/"))
-	if err != nil {
-		return nil, err
+	c := &Catalog{Unreadable: map[string]error{}, objects: map[string]*backupObjects{}}
+	prefix := s.key("base/")
+	for o, err := range s.List(ctx, prefix) {
+		if err != nil {
+			return nil, err
+		}
+		id, file, ok := strings.Cut(strings.TrimPrefix(o.Key, prefix), "/")
+		if !ok || !backupIDForm.MatchString(id) {
+			continue
+		}
+		if c.objects[id] == nil {
+			c.objects[id] = &backupObjects{}
+		}
+		b := c.objects[id]
+		b.size += o.Size
+		if o.Modified.After(b.written) {
+			b.written = o.Modified
+		}
+		if ours, _ := s.layoutKey(o.Key); ours == id {
+			b.ours = true
+		}
+		if file == keepFile {
+			content, _, err := s.read(ctx, o.Key, 64)
+			if err != nil {
+				return nil, err
+			}
+			b.keep = "full" // which is what anything else but standalone means
+			if string(content) == "standalone" {
+				b.keep = "standalone"
+			}
+		}
 	}
-	ids = slices.DeleteFunc(ids, func(id string) bool { return !backupIDForm.MatchString(id) })
-	slices.Sort(ids)
+	ids := slices.Sorted(maps.Keys(c.objects))
 	infos, errs := make([]*BackupInfo, len(ids)), make([]error, len(ids))
 	var readers errgroup.Group
 	readers.SetLimit(catalogReaders)
@@ -2341,10 +2379,10 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 		readers.Go(func() error { infos[i], errs[i] = s.ReadBackupInfo(ctx, id); return nil })
 	}
 	readers.Wait()
-	c := &Catalog{Unreadable: map[string]error{}}
 	for i, id := range ids {
 		switch err := errs[i]; {
 		case err == nil:
+			infos[i].Keep = c.objects[id].keep
 			c.Backups = append(c.Backups, infos[i])
 		case errors.Is(err, errNotFound):
 			c.Incomplete = append(c.Incomplete, id)
@@ -2368,56 +2406,6 @@ func (c *Catalog) all() []*BackupInfo {
 	}
 	slices.SortFunc(all, func(a, b *BackupInfo) int { return strings.Compare(a.ID, b.ID) })
 	return all
-}
-
-// backupObjects is what a listing says of the objects of one backup.
-type backupObjects struct {
-	size    int64
-	written time.Time // the last time
-	ours    bool      // some are of the layout
-	keep    string    // the annotation: full, standalone, or "" where there is none
-}
-
-// BackupObjects lists what lies under base/, and notes in the catalog which backups are to be kept.
-func (s *Store) BackupObjects(ctx context.Context, c *Catalog) (map[string]*backupObjects, error) {
-	found := map[string]*backupObjects{}
-	prefix := s.key("base/")
-	for o, err := range s.List(ctx, prefix) {
-		if err != nil {
-			return nil, err
-		}
-		id, file, _ := strings.Cut(strings.TrimPrefix(o.Key, prefix), "/")
-		if !backupIDForm.MatchString(id) {
-			continue
-		}
-		if found[id] == nil {
-			found[id] = &backupObjects{}
-		}
-		b := found[id]
-		b.size += o.Size
-		if o.Modified.After(b.written) {
-			b.written = o.Modified
-		}
-		if ours, _ := s.layoutKey(o.Key); ours == id {
-			b.ours = true
-		}
-		if file == keepFile {
-			content, _, err := s.read(ctx, o.Key, 64)
-			if err != nil {
-				return nil, err
-			}
-			b.keep = "full" // which is what anything else but standalone means
-			if string(content) == "standalone" {
-				b.keep = "standalone"
-			}
-		}
-	}
-	for _, b := range c.Backups {
-		if o := found[b.ID]; o != nil {
-			b.Keep = o.keep
-		}
-	}
-	return found, nil
 }
 
 // errBadBackupInfo says that a backup.info could be read but not understood.

@@ -1309,9 +1309,6 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 	if err != nil {
 		return nil, err
 	}
-	if _, err := s.BackupObjects(ctx, catalog); err != nil {
-		return nil, err
-	}
 	var done []*verifiedBackup
 	for _, b := range catalog.all() {
 		if id != "" && b.ID != id {

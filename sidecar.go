@@ -1170,11 +1170,10 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 	if facts.catalog, err = s.Catalog(ctx); err != nil {
 		return nil, nil, err
 	}
-	r.Catalog = &Catalog{Backups: slices.Clone(facts.catalog.Backups), Incomplete: facts.catalog.Incomplete, Unreadable: facts.catalog.Unreadable}
-	objects, err := s.BackupObjects(ctx, facts.catalog)
-	if err != nil {
-		return nil, nil, err
-	}
+	left := *facts.catalog
+	left.Backups = slices.Clone(left.Backups)
+	r.Catalog = &left
+	objects := facts.catalog.objects
 	for _, u := range all {
 		if id, _ := s.layoutKey(u.key); id != "" {
 			b := cmp.Or(objects[id], &backupObjects{})
