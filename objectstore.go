@@ -1185,24 +1185,22 @@ func (r *objectReader) open() error {
 	// so it allows for all of them.
 	watchdog := time.AfterFunc(requestTimeout, cancel)
 	out, err := r.store.client.GetObject(ctx, input)
-	if err != nil {
-		fired := !watchdog.Stop()
-		cancel()
-		if fired && r.ctx.Err() == nil {
-			err = fmt.Errorf("no reply within %s: %w", requestTimeout, os.ErrDeadlineExceeded)
-		}
-		return r.store.wrap("get", r.key, err)
-	}
-	if from := fmt.Sprintf("bytes %d-", r.offset); r.offset > 0 && !strings.HasPrefix(aws.ToString(out.ContentRange), from) {
-		watchdog.Stop()
+	fired := !watchdog.Stop()
+	from := fmt.Sprintf("bytes %d-", r.offset)
+	switch {
+	case err != nil && fired && r.ctx.Err() == nil:
+		err = fmt.Errorf("no reply within %s: %w", requestTimeout, os.ErrDeadlineExceeded)
+	case err == nil && r.offset > 0 && !strings.HasPrefix(aws.ToString(out.ContentRange), from):
 		out.Body.Close()
+		err = fmt.Errorf("the server ignores Range: it answered %q where %s was asked for", aws.ToString(out.ContentRange), from)
+	}
+	if err != nil {
 		cancel()
-		return r.store.wrap("get", r.key, fmt.Errorf("the server ignores Range: it answered %q where %s was asked for", aws.ToString(out.ContentRange), from))
+		return r.store.wrap("get", r.key, err)
 	}
 	if r.offset == 0 {
 		r.Size, r.Metadata, r.etag = aws.ToInt64(out.ContentLength), out.Metadata, out.ETag
 	}
-	watchdog.Reset(bodyStall)
 	r.body, r.cancel, r.watchdog = out.Body, cancel, watchdog
 	return nil
 }
