@@ -208,8 +208,6 @@ func setLogger(name, format string) error {
 			}
 		case *slog.Source:
 			return slog.String("caller", fmt.Sprintf("%s:%d", filepath.Base(v.File), v.Line))
-		case error:
-			return slog.String(a.Key, v.Error())
 		}
 		return a
 	}}
