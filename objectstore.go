@@ -124,8 +124,8 @@ type Configuration struct {
 	HistoryTags map[string]string `json:"historyTags,omitempty"`
 }
 
-// S3Credentials says where keys come from: Secrets in the ObjectStore's namespace, or with InheritFromIAMRole the
-// AWS SDK's default chain, in which case every other field is ignored.
+// S3Credentials says where keys come from: Secrets in the ObjectStore's namespace, or with
+// InheritFromIAMRole the AWS SDK's default chain, in which case every other field is ignored.
 type S3Credentials struct {
 	AccessKeyID        *corev1.SecretKeySelector `json:"accessKeyId,omitempty"`
 	SecretAccessKey    *corev1.SecretKeySelector `json:"secretAccessKey,omitempty"`
@@ -838,7 +838,7 @@ func describe(err error) string {
 		}
 		return text
 	}
-	// no reply: what the SDK puts around it says nothing more
+	// There was no reply: what the SDK puts around such an error says nothing more.
 	if unsent, ok := errors.AsType[*smithyhttp.RequestSendError](err); ok {
 		return unsent.Err.Error()
 	}
@@ -2359,13 +2359,14 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 			b.ours = true
 		}
 		if file == keepFile {
-			content, _, err := s.read(ctx, o.Key, 64)
-			if err != nil {
+			switch content, _, err := s.read(ctx, o.Key, 64); {
+			case errors.Is(err, errNotFound): // taken back since the listing
+			case err != nil:
 				return nil, err
-			}
-			b.keep = "full" // which is what anything else but standalone means
-			if string(content) == "standalone" {
+			case string(content) == "standalone":
 				b.keep = "standalone"
+			default: // whatever it says
+				b.keep = "full"
 			}
 		}
 	}
