@@ -713,18 +713,13 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		t.MaxIdleConnsPerHost = 64
 		t.WriteBufferSize, t.ReadBufferSize = connBuffer, connBuffer
 	})
-	options := []func(*config.LoadOptions) error{config.WithHTTPClient(httpClient)}
-	if s.profile != "" {
-		options = append(options, config.WithSharedConfigProfile(s.profile))
-	}
+	var keys aws.CredentialsProvider
 	if s.Config.AccessKeyID != "" {
-		options = append(options, config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(
-			s.Config.AccessKeyID, s.Config.SecretAccessKey, s.Config.SessionToken)))
+		keys = credentials.NewStaticCredentialsProvider(s.Config.AccessKeyID, s.Config.SecretAccessKey, s.Config.SessionToken)
 	}
-	if s.Config.Region != "" {
-		options = append(options, config.WithRegion(s.Config.Region))
-	}
-	cfg, err := config.LoadDefaultConfig(ctx, options...)
+	// What is empty here counts as not set.
+	cfg, err := config.LoadDefaultConfig(ctx, config.WithHTTPClient(httpClient), config.WithCredentialsProvider(keys),
+		config.WithRegion(s.Config.Region), config.WithSharedConfigProfile(s.profile))
 	if err != nil {
 		return nil, fmt.Errorf("load the S3 configuration from the environment: %w", err)
 	}

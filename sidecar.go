@@ -526,7 +526,7 @@ func (r *report) lookAfter(ctx context.Context, kube *kubeSource, cluster *Clust
 		return err
 	}
 	retention, err := s.enforceRetention(ctx, retentionOptions{Policy: policy, Now: time.Now(),
-		BackupRunning: slices.ContainsFunc(backups, func(b *backupObject) bool { return !b.ended() })})
+		BackupRunning: slices.ContainsFunc(backups, func(b *backupObject) bool { return b.Status.Phase != "completed" && b.Status.Phase != "failed" })})
 	if n := len(retention.Problems); err == nil && n > 0 {
 		err = fmt.Errorf("%d problems, the first is: %s", n, retention.Problems[0])
 	}
@@ -581,11 +581,6 @@ type backupObject struct {
 		BeginWAL       string            `json:"beginWal"`
 		PluginMetadata map[string]string `json:"pluginMetadata"`
 	} `json:"status"`
-}
-
-// ended says that nothing works on the Backup any more.
-func (b *backupObject) ended() bool {
-	return b.Status.Phase == "completed" || b.Status.Phase == "failed"
 }
 
 // backups lists the Backup objects of a cluster.
@@ -1520,10 +1515,9 @@ func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResour
 	if w.store == nil {
 		w.store, err = k.follow(ctx, resource, name)
 	}
-	var object any
-	found := false
+	var object any // nil when there is none
 	if err == nil {
-		object, found, err = w.store.GetByKey(k.namespace + "/" + name)
+		object, _, err = w.store.GetByKey(k.namespace + "/" + name)
 	}
 	what := fmt.Sprintf("%s %s/%s", kind, k.namespace, name)
 	switch {
@@ -1532,7 +1526,7 @@ func (k *kubeSource) get(ctx context.Context, resource schema.GroupVersionResour
 			what, errForbidden, err)
 	case err != nil && !apierrors.IsNotFound(err):
 		return fmt.Errorf("%s: %w: ask the Kubernetes API: %w", what, errTransient, err)
-	case !found:
+	case object == nil:
 		return fmt.Errorf("%s: %w: create it, or correct its name where it is referred to", what, errNoObject)
 	}
 	if err := fromUnstructured(object, into); err != nil {
