@@ -735,16 +735,13 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 			cfg.HTTPClient = b.WithTransportOptions(func(t *http.Transport) { t.TLSClientConfig.RootCAs = pool })
 		}
 	}
-	attempts := cmp.Or(cfg.RetryMaxAttempts, maxAttempts)
-	cfg.Retryer = func() aws.Retryer {
-		return retry.NewStandard(func(o *retry.StandardOptions) {
-			o.MaxAttempts, o.MaxBackoff = attempts, maxBackoff
+	return s3.NewFromConfig(cfg, func(o *s3.Options) {
+		o.Retryer = retry.NewStandard(func(r *retry.StandardOptions) {
+			r.MaxAttempts, r.MaxBackoff = cmp.Or(cfg.RetryMaxAttempts, maxAttempts), maxBackoff
 			// The budget is the number of attempts; a bucket of tokens shared by all
 			// requests would make one bad minute fail the requests of the next one.
-			o.RateLimiter = ratelimit.None
+			r.RateLimiter = ratelimit.None
 		})
-	}
-	return s3.NewFromConfig(cfg, func(o *s3.Options) {
 		o.DisableLogOutputChecksumValidationSkipped = true
 		// Waiting for "100 Continue" costs a round trip for each segment.
 		o.ContinueHeaderThresholdBytes = -1
