@@ -821,6 +821,7 @@ type retentionFacts struct {
 
 // retentionPlan says what goes, and of each backup why.
 type retentionPlan struct {
+	retentionFacts
 	verdicts []verdict // by id, newest first
 	// boundary is the first segment of the newest backup from which the whole window can be
 	// recovered: WAL after it is not looked at. "" when there is none, and then no WAL goes.
@@ -828,7 +829,6 @@ type retentionPlan struct {
 	timelines []uint32 // that are known; others are not looked at either
 	needs     []walNeed
 	ranges    [][2]string // first and last segment of each backup that is kept standalone
-	histories timelineHistories
 }
 
 // verdict is what becomes of one backup.
@@ -855,7 +855,7 @@ type walNeed struct {
 // backups go when they are older than the window; and WAL goes by what the backups that
 // stay need, not by which one was deleted.
 func planRetention(f retentionFacts) *retentionPlan {
-	p := &retentionPlan{histories: f.histories}
+	p := &retentionPlan{retentionFacts: f}
 	incremental := ""
 	for _, b := range f.catalog.Backups {
 		if b.barmanOnly["parent_backup_id"]+b.barmanOnly["children_backup_ids"] != "" {
@@ -879,7 +879,7 @@ func planRetention(f retentionFacts) *retentionPlan {
 			}
 		case unclear != "":
 			v.Why = unclear
-			p.needUnclear(b, f.catalog.Backups)
+			p.needUnclear(b)
 		case good == "":
 			newest = cmp.Or(newest, b)
 			end, _ := parseLSN(b.EndLSN)
@@ -914,11 +914,11 @@ func planRetention(f retentionFacts) *retentionPlan {
 	}
 	for id, err := range f.catalog.Unreadable {
 		p.verdicts = append(p.verdicts, verdict{ID: id, Status: "UNREADABLE", Why: err.Error()})
-		p.needUnclear(&BackupInfo{ID: id}, f.catalog.Backups)
+		p.needUnclear(&BackupInfo{ID: id})
 	}
 	for _, id := range f.active {
 		p.verdicts = append(p.verdicts, verdict{ID: id, Status: "INCOMPLETE", Why: "it has no backup.info: in progress, or not yet taken for abandoned"})
-		p.needUnclear(&BackupInfo{ID: id}, f.catalog.Backups)
+		p.needUnclear(&BackupInfo{ID: id})
 	}
 	slices.SortFunc(p.verdicts, func(a, b verdict) int { return strings.Compare(b.ID, a.ID) })
 	known := map[uint32]bool{1: true}
@@ -959,14 +959,14 @@ func (p *retentionPlan) need(b *BackupInfo) {
 
 // needUnclear does so for a backup whose beginning may not be known. It began after the
 // backups before it, so the WAL from the newest of those stays; without one, all WAL.
-func (p *retentionPlan) needUnclear(b *BackupInfo, backups []*BackupInfo) {
+func (p *retentionPlan) needUnclear(b *BackupInfo) {
 	if b.beginKnown() {
 		p.need(b)
 		return
 	}
 	id, _ := time.Parse(backupIDLayout, b.ID)
 	need := walNeed{anywhere: true}
-	for _, before := range backups {
+	for _, before := range p.catalog.Backups {
 		if before.beginKnown() && !before.BeginTime.IsZero() && before.BeginTime.Before(id.Add(-debrisAge)) {
 			need.timeline, need.begin, need.size = timelineOf(before.BeginWAL, 0), before.BeginWAL, before.WALSegmentSize
 		}
