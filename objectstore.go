@@ -1021,10 +1021,8 @@ func (s *Store) list(ctx context.Context, prefix string, delimiter *string) iter
 	return func(yield func(object, error) bool) {
 		pages := s3.NewListObjectsV2Paginator(s.client, &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: delimiter})
 		for pages.HasMorePages() {
-			request, cancel := context.WithTimeout(ctx, requestTimeout)
-			page, err := pages.NextPage(request)
-			cancel()
-			if err = s.wrap("list", prefix, err); err == nil && aws.ToBool(page.IsTruncated) && !pages.HasMorePages() {
+			page, err := s.nextPage(ctx, pages, prefix)
+			if err == nil && aws.ToBool(page.IsTruncated) && !pages.HasMorePages() {
 				err = fmt.Errorf("list %s: the server says that there is more, and not where it goes on", s.URL(prefix))
 			}
 			if err != nil {
@@ -1045,6 +1043,13 @@ func (s *Store) list(ctx context.Context, prefix string, delimiter *string) iter
 	}
 }
 
+func (s *Store) nextPage(ctx context.Context, pages *s3.ListObjectsV2Paginator, prefix string) (*s3.ListObjectsV2Output, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	page, err := pages.NextPage(ctx)
+	return page, s.wrap("list", prefix, err)
+}
+
 // ListDirectories returns the names of the directories directly under a prefix that ends in a slash.
 func (s *Store) ListDirectories(ctx context.Context, prefix string) (names []string, err error) {
 	for o, err := range s.listLevel(ctx, prefix) {
@@ -1060,12 +1065,11 @@ func (s *Store) ListDirectories(ctx context.Context, prefix string) (names []str
 
 // ServerTime is the clock of the store, as its answers carry it; zero when they do not.
 func (s *Store) ServerTime(ctx context.Context) (time.Time, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
 	prefix := s.key("")
-	page, err := s.client.ListObjectsV2(ctx, &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: aws.String("/")})
+	pages := s3.NewListObjectsV2Paginator(s.client, &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: aws.String("/")})
+	page, err := s.nextPage(ctx, pages, prefix)
 	if err != nil {
-		return time.Time{}, s.wrap("list", prefix, err)
+		return time.Time{}, err
 	}
 	t, _ := awsmiddleware.GetServerTime(page.ResultMetadata)
 	return t, nil
