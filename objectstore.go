@@ -59,7 +59,7 @@ import (
 	"github.com/klauspost/pgzip"
 	"github.com/pierrec/lz4/v4"
 	"github.com/ulikunitz/xz"
-	_ "golang.org/x/crypto/x509roots/fallback" // the image has no CA bundle
+	"golang.org/x/crypto/x509roots/fallback/bundle"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
@@ -723,6 +723,7 @@ func anyArg[T comparable](s *Store, get func(*commandArgs) T) T {
 // variables (AWS_*, HTTPS_PROXY, NO_PROXY) keep their meaning wherever the ObjectStore
 // says nothing else.
 func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
+	embeddedRoots()
 	conf := &s.Config.Configuration
 	httpClient := awshttp.NewBuildableClient().WithDialerOptions(func(d *net.Dialer) {
 		d.Timeout = dialTimeout
@@ -798,6 +799,21 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		o.UsePathStyle = style == "path" || style != "virtual" && conf.EndpointURL != ""
 	}), nil
 }
+
+// embeddedRoots has the public CAs trusted where the system has none, as in the image. The
+// package above this one would parse all of them when the program starts, which takes
+// longer than everything else that a sidecar does until it listens.
+var embeddedRoots = sync.OnceFunc(func() {
+	pool := x509.NewCertPool()
+	for root := range bundle.Roots() {
+		cert, err := x509.ParseCertificate(root.Certificate)
+		if err != nil {
+			panic(err) // a bundle that was built broken
+		}
+		pool.AddCertWithConstraint(cert, root.Constraint)
+	}
+	x509.SetFallbackRoots(pool)
+})
 
 // stallConn breaks a connection on which a read or a write makes no progress. It reads ahead,
 // since TLS would ask the kernel for one record of 16 KiB after the other.

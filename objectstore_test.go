@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"reflect"
 	"regexp"
 	"runtime"
@@ -908,4 +910,32 @@ func TestCreateBucket(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.remove(t, "made-by-the-test", "key")
+}
+
+// The image has no CA bundle: there the embedded CAs are trusted, and only once a store is used.
+func TestEmbeddedRoots(t *testing.T) {
+	if os.Getenv("SSL_CERT_FILE") != "/nonexistent" {
+		cmd := exec.Command(os.Args[0], "-test.run", "^TestEmbeddedRoots$", "-test.v")
+		cmd.Env = append(os.Environ(), "SSL_CERT_FILE=/nonexistent", "SSL_CERT_DIR=/nonexistent")
+		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("trusted: ")) {
+			t.Fatalf("without a CA bundle: %v\n%s", err, out)
+		}
+		return
+	}
+	trusted := func() int {
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(pool.Subjects())
+	}
+	if n := trusted(); n != 0 {
+		t.Fatalf("%d CAs are trusted before a store is used", n)
+	}
+	testStore(t, testS3(t), newBucket(t), "main") // with a client
+	if n := trusted(); n < 50 {
+		t.Fatalf("%d CAs are trusted", n)
+	} else {
+		t.Logf("trusted: %d", n)
+	}
 }
