@@ -702,6 +702,8 @@ func newStore(c StoreConfig) (*Store, error) {
 const (
 	defaultJobs    = 2         // data.jobs where it is not set
 	copyBufferSize = 256 << 10 // per job
+
+	roleRenewal = 5 * time.Minute // before the credentials of a role end
 )
 
 // jobs is how many archives of a backup are in flight at once.
@@ -745,7 +747,9 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		t.MaxIdleConnsPerHost = 64
 		t.WriteBufferSize, t.ReadBufferSize = connBuffer, connBuffer
 	})
-	options := []func(*config.LoadOptions) error{config.WithHTTPClient(httpClient)}
+	options := []func(*config.LoadOptions) error{config.WithHTTPClient(httpClient),
+		// Those of a role are renewed before they end: the server's clock may be ahead.
+		config.WithCredentialsCacheOptions(func(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = roleRenewal })}
 	if profile := anyArg(s, func(a *commandArgs) string { return a.Profile }); profile != "" {
 		options = append(options, config.WithSharedConfigProfile(profile))
 	}
