@@ -2209,7 +2209,7 @@ type BackupInfo struct {
 	// Keep is what BackupObjects found: full, standalone (without the WAL that follows), or "".
 	Keep string
 
-	// barmanOnly are the lines of newer Barmans that say what we cannot delete: a chain of
+	// barmanOnly are the lines of newer Barmans that say what we can neither restore nor delete: a chain of
 	// incremental backups, or disk snapshots.
 	barmanOnly map[string]string
 

@@ -200,6 +200,9 @@ func (g *recoveryGoal) unfit(b *BackupInfo, h timelineHistories) string {
 		}
 		return "it is not done"
 	}
+	if b.barmanOnly["parent_backup_id"]+b.barmanOnly["snapshots_info"] != "" { // PostgreSQL 17 refuses to start on the former
+		return "it is an incremental backup, or one of disk snapshots, which only Barman can restore"
+	}
 	begin, beginErr := parseLSN(b.BeginLSN)
 	end, endErr := parseLSN(b.EndLSN)
 	if beginErr != nil || endErr != nil {
