@@ -156,7 +156,7 @@ func (h timelineHistories) offLine(target, timeline uint32, at LSN) string {
 		return ""
 	}
 	history, ok := h[target]
-	if !ok {
+	if !ok && timeline < target { // which was made before its descendants
 		return fmt.Sprintf("it is on timeline %d, and the archive has no %08X.history to say that timeline %d came from it", timeline, target, target)
 	}
 	for _, s := range history {

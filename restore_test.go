@@ -153,6 +153,7 @@ func TestChooseBackup(t *testing.T) {
 		{"a sister timeline", only("HI"), &RecoveryTarget{TargetTLI: "4"}, h, "", []string{"timeline 2, which is no ancestor of timeline 4", "timeline 3, which is no ancestor"}},
 		{"hexadecimal, as PostgreSQL reads it", only("ABCD"), &RecoveryTarget{TargetTLI: "0x4"}, h, "C", nil},
 		{"no history file of the target timeline", only("AH"), &RecoveryTarget{TargetTLI: "7"}, h, "", []string{"no 00000007.history"}},
+		{"a target timeline that is older than the backup", only("H"), &RecoveryTarget{TargetTLI: "1"}, h, "", []string{"timeline 2, which is no ancestor of timeline 1"}},
 		{"a backup on a timeline without history file", only("I"), &RecoveryTarget{TargetTLI: "3"}, nil, "I", nil},
 		{"a later timeline than the backup, cut at the first gap", only("D"), nil, timelineHistories{2: h[2], 4: {{2, 0x1}}}, "D", nil},
 		{"across a switch", []*BackupInfo{across}, nil, timelineHistories{2: h[2]}, "X", nil},
