@@ -790,12 +790,12 @@ func (b *baseBackup) archiver(ctx context.Context) (last, state string) {
 
 // tree is a directory tree that is stored in a series of archives of its own.
 type tree struct {
-	name        string          // of the archives: data, or the OID of a tablespace
-	root        string          // absolute, without symbolic links
-	top         string          // below root, where the tree begins; "." for the data directory
-	skip        map[string]bool // names below root that are stored elsewhere or last
-	seen        map[[2]uint64]bool
-	directories []tar.Header // top-down
+	name        string             // of the archives: data, or the OID of a tablespace
+	root        string             // absolute, without symbolic links
+	top         string             // below root, where the tree begins; "." for the data directory
+	skip        map[string]bool    // names below root that are stored elsewhere or last
+	seen        map[[2]uint64]bool // device and inode of the directories that are being looked into
+	directories []tar.Header       // top-down
 }
 
 // Names that never belong into a backup. The lists are PostgreSQL's own
@@ -891,9 +891,10 @@ func (t *tree) findDirectories(name string) error {
 	if s, ok := info.Sys().(*syscall.Stat_t); ok {
 		id := [2]uint64{uint64(s.Dev), s.Ino}
 		if t.seen[id] {
-			return nil // through a symbolic link: once is enough
+			return nil // a symbolic link that leads back up
 		}
 		t.seen[id] = true
+		defer delete(t.seen, id)
 	}
 	header := headerOf(name+"/", info)
 	header.Typeflag = tar.TypeDir

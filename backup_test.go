@@ -1072,6 +1072,30 @@ func TestExcludedFiles(t *testing.T) {
 	}
 }
 
+// A link from one of PostgreSQL's directories to another, such as the old name of a new one, does
+// not take the place of what it leads to, whichever is listed first; and a circle of links ends.
+func TestLinkedDirectories(t *testing.T) {
+	root := t.TempDir()
+	mustWrite(t, root+"/pg_b/0000", "")
+	mustWrite(t, root+"/pg_c/0000", "")
+	for link, target := range map[string]string{"pg_a": "pg_b", "pg_d": "pg_c", "pg_b/up": ".."} {
+		if err := os.Symlink(target, filepath.Join(root, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tree := &tree{root: root, top: ".", seen: map[[2]uint64]bool{}}
+	if err := tree.findDirectories("."); err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, d := range tree.directories {
+		names = append(names, d.Name)
+	}
+	if slices.Sort(names); !slices.Equal(names, []string{"./", "pg_a/", "pg_b/", "pg_c/", "pg_d/"}) {
+		t.Errorf("directories of the backup: %q", names)
+	}
+}
+
 // A real pg_control is intact, and none of its bytes may change.
 func TestControlFileIntact(t *testing.T) {
 	p := startPostgres(t, pgOptions{})
