@@ -269,6 +269,9 @@ func (b *baseBackup) run(ctx context.Context) error {
 	if b.info.WALInBackup, err = b.waitForWAL(ctx, log, required); err != nil {
 		return err
 	}
+	if err := b.checkOwner(ctx, required); err != nil {
+		return err
+	}
 	if err := b.copyWAL(ctx, required); err != nil {
 		return err
 	}
@@ -665,6 +668,21 @@ func (b *baseBackup) timelineHistory(ctx context.Context, timeline uint32) ([]ti
 
 // archive is where the server's WAL is.
 func (b *baseBackup) archive() *Store { return cmp.Or(b.o.Archive, b.store) }
+
+// checkOwner reads the first and the last of the files as a restore would: another cluster's
+// have the same names, and where those are in the way, our own are not archived.
+func (b *baseBackup) checkOwner(ctx context.Context, names []string) error {
+	systemID, err := strconv.ParseUint(b.info.SystemID, 10, 64)
+	for _, name := range []string{names[0], names[len(names)-1]} {
+		w, _ := parseWALName(name) // made here
+		objects, listErr := walObjects(ctx, b.archive(), name, false)
+		err = cmp.Or(err, listErr)
+		for i := 0; i < len(objects) && err == nil; i++ {
+			_, err = readSegment(ctx, b.archive(), objects[i], w, io.Discard, systemID)
+		}
+	}
+	return err
+}
 
 // copyWAL gives a backup that lies elsewhere than the archive the WAL without which it cannot be restored.
 func (b *baseBackup) copyWAL(ctx context.Context, names []string) error {

@@ -893,6 +893,17 @@ func TestBackupNeedsItsWAL(t *testing.T) {
 		t.Errorf("a backup whose WAL is archived elsewhere: %v", err)
 	}
 
+	// Nor when only its names are there, which another cluster's WAL has too.
+	other := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, storeFile(t, s, bucket))})
+	for range 6 {
+		first = other.SwitchWAL()
+	}
+	other.WaitArchived(first)
+	o.Connection = p.connection()
+	if _, err = takeBackup(t.Context(), store, o); !errors.Is(err, errDamaged) || !strings.Contains(err.Error(), "serverName points at the WAL of another cluster") {
+		t.Errorf("a backup with the WAL of another cluster: %v", err)
+	}
+
 	off := startPostgres(t, pgOptions{Settings: []string{"archive_mode=off"}})
 	if _, err := takeBackup(t.Context(), store, backupOptions{Connection: off.connection()}); !errors.Is(err, errSetup) || !strings.Contains(err.Error(), "archive_mode") {
 		t.Errorf("a backup of a server that does not archive: %v", err)
