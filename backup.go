@@ -1255,15 +1255,18 @@ func (b *baseBackup) checkPages(ctx context.Context, f *os.File, name string, pi
 
 func (b *baseBackup) intactWhenReadAgain(ctx context.Context, f *os.File, at int64, block uint32) bool {
 	page := make([]byte, b.session.blockSize)
-	for range pageReads {
+	b.mu.Lock()
+	patient := b.info.BadPageCount < maxBadPages // so many are not just being written
+	b.mu.Unlock()
+	for reads := 0; reads == 0 || patient && reads < pageReads; reads++ {
+		if reads > 0 && sleep(ctx, 10*time.Millisecond) != nil {
+			return true // nobody will read this backup
+		}
 		if n, err := f.ReadAt(page, at); n < len(page) {
 			return err == io.EOF // cut off meanwhile
 		}
 		if pageIntact(page, block, b.start) {
 			return true
-		}
-		if sleep(ctx, 10*time.Millisecond) != nil {
-			return true // nobody will read this backup
 		}
 	}
 	return false

@@ -505,6 +505,26 @@ func TestBadPagesAreBounded(t *testing.T) {
 	}
 }
 
+// A file that is damaged all over is read without hours of waiting for its pages to become good.
+func TestManyBadPages(t *testing.T) {
+	f, err := os.Create(t.TempDir() + "/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	page := append(bytes.Repeat([]byte{0}, 8), bytes.Repeat([]byte{1}, 8184)...) // with an LSN of 0
+	piece := bytes.Repeat(page, 1000)
+	if _, err := f.Write(piece); err != nil {
+		t.Fatal(err)
+	}
+	b := &baseBackup{info: &BackupInfo{}, session: &session{checksums: true, blockSize: 8192, blocksPerFile: 131072}, start: 1}
+	began := time.Now()
+	b.checkPages(t.Context(), f, "base/5/1", piece, 0, 0)
+	if took := time.Since(began); b.info.BadPageCount != 1000 || len(b.info.BadPages) != maxBadPages || took > 20*time.Second {
+		t.Errorf("%d bad pages, %d named, after %s", b.info.BadPageCount, len(b.info.BadPages), took)
+	}
+}
+
 func TestRelationFile(t *testing.T) {
 	b := &baseBackup{session: &session{checksums: true, blocksPerFile: 131072}}
 	for name, want := range map[string]int64{
