@@ -269,6 +269,9 @@ func (b *baseBackup) run(ctx context.Context) error {
 	if b.info.WALInBackup, err = b.waitForWAL(ctx, log, required); err != nil {
 		return err
 	}
+	if err := b.checkOwner(ctx, required); err != nil {
+		return err
+	}
 	if err := b.copyWAL(ctx, required); err != nil {
 		return err
 	}
@@ -666,6 +669,21 @@ func (b *baseBackup) timelineHistory(ctx context.Context, timeline uint32) ([]ti
 // archive is where the server's WAL is.
 func (b *baseBackup) archive() *Store { return cmp.Or(b.o.Archive, b.store) }
 
+// checkOwner reads the first and the last of the files as a restore would: another cluster's
+// have the same names, and where those are in the way, our own are not archived.
+func (b *baseBackup) checkOwner(ctx context.Context, names []string) error {
+	systemID, err := strconv.ParseUint(b.info.SystemID, 10, 64)
+	for _, name := range []string{names[0], names[len(names)-1]} {
+		w, _ := parseWALName(name) // made here
+		objects, listErr := walObjects(ctx, b.archive(), name, false)
+		err = cmp.Or(err, listErr)
+		for i := 0; i < len(objects) && err == nil; i++ {
+			_, err = readSegment(ctx, b.archive(), objects[i], w, io.Discard, systemID)
+		}
+	}
+	return err
+}
+
 // copyWAL gives a backup that lies elsewhere than the archive the WAL without which it cannot be restored.
 func (b *baseBackup) copyWAL(ctx context.Context, names []string) error {
 	if b.o.Archive == nil {
@@ -790,12 +808,12 @@ func (b *baseBackup) archiver(ctx context.Context) (last, state string) {
 
 // tree is a directory tree that is stored in a series of archives of its own.
 type tree struct {
-	name        string          // of the archives: data, or the OID of a tablespace
-	root        string          // absolute, without symbolic links
-	top         string          // below root, where the tree begins; "." for the data directory
-	skip        map[string]bool // names below root that are stored elsewhere or last
-	seen        map[[2]uint64]bool
-	directories []tar.Header // top-down
+	name        string             // of the archives: data, or the OID of a tablespace
+	root        string             // absolute, without symbolic links
+	top         string             // below root, where the tree begins; "." for the data directory
+	skip        map[string]bool    // names below root that are stored elsewhere or last
+	seen        map[[2]uint64]bool // device and inode of the directories that are being looked into
+	directories []tar.Header       // top-down
 }
 
 // Names that never belong into a backup. The lists are PostgreSQL's own
@@ -891,9 +909,10 @@ func (t *tree) findDirectories(name string) error {
 	if s, ok := info.Sys().(*syscall.Stat_t); ok {
 		id := [2]uint64{uint64(s.Dev), s.Ino}
 		if t.seen[id] {
-			return nil // through a symbolic link: once is enough
+			return nil // a symbolic link that leads back up
 		}
 		t.seen[id] = true
+		defer delete(t.seen, id)
 	}
 	header := headerOf(name+"/", info)
 	header.Typeflag = tar.TypeDir
@@ -1236,15 +1255,18 @@ func (b *baseBackup) checkPages(ctx context.Context, f *os.File, name string, pi
 
 func (b *baseBackup) intactWhenReadAgain(ctx context.Context, f *os.File, at int64, block uint32) bool {
 	page := make([]byte, b.session.blockSize)
-	for range pageReads {
+	b.mu.Lock()
+	patient := b.info.BadPageCount < maxBadPages // so many are not just being written
+	b.mu.Unlock()
+	for reads := 0; reads == 0 || patient && reads < pageReads; reads++ {
+		if reads > 0 && sleep(ctx, 10*time.Millisecond) != nil {
+			return true // nobody will read this backup
+		}
 		if n, err := f.ReadAt(page, at); n < len(page) {
 			return err == io.EOF // cut off meanwhile
 		}
 		if pageIntact(page, block, b.start) {
 			return true
-		}
-		if sleep(ctx, 10*time.Millisecond) != nil {
-			return true // nobody will read this backup
 		}
 	}
 	return false

@@ -505,6 +505,26 @@ func TestBadPagesAreBounded(t *testing.T) {
 	}
 }
 
+// A file that is damaged all over is read without hours of waiting for its pages to become good.
+func TestManyBadPages(t *testing.T) {
+	f, err := os.Create(t.TempDir() + "/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	page := append(bytes.Repeat([]byte{0}, 8), bytes.Repeat([]byte{1}, 8184)...) // with an LSN of 0
+	piece := bytes.Repeat(page, 1000)
+	if _, err := f.Write(piece); err != nil {
+		t.Fatal(err)
+	}
+	b := &baseBackup{info: &BackupInfo{}, session: &session{checksums: true, blockSize: 8192, blocksPerFile: 131072}, start: 1}
+	began := time.Now()
+	b.checkPages(t.Context(), f, "base/5/1", piece, 0, 0)
+	if took := time.Since(began); b.info.BadPageCount != 1000 || len(b.info.BadPages) != maxBadPages || took > 20*time.Second {
+		t.Errorf("%d bad pages, %d named, after %s", b.info.BadPageCount, len(b.info.BadPages), took)
+	}
+}
+
 func TestRelationFile(t *testing.T) {
 	b := &baseBackup{session: &session{checksums: true, blocksPerFile: 131072}}
 	for name, want := range map[string]int64{
@@ -893,6 +913,17 @@ func TestBackupNeedsItsWAL(t *testing.T) {
 		t.Errorf("a backup whose WAL is archived elsewhere: %v", err)
 	}
 
+	// Nor when only its names are there, which another cluster's WAL has too.
+	other := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, storeFile(t, s, bucket))})
+	for range 6 {
+		first = other.SwitchWAL()
+	}
+	other.WaitArchived(first)
+	o.Connection = p.connection()
+	if _, err = takeBackup(t.Context(), store, o); !errors.Is(err, errDamaged) || !strings.Contains(err.Error(), "serverName points at the WAL of another cluster") {
+		t.Errorf("a backup with the WAL of another cluster: %v", err)
+	}
+
 	off := startPostgres(t, pgOptions{Settings: []string{"archive_mode=off"}})
 	if _, err := takeBackup(t.Context(), store, backupOptions{Connection: off.connection()}); !errors.Is(err, errSetup) || !strings.Contains(err.Error(), "archive_mode") {
 		t.Errorf("a backup of a server that does not archive: %v", err)
@@ -1069,6 +1100,30 @@ func TestExcludedFiles(t *testing.T) {
 		if got := c.tree.excluded(c.name); got != c.excluded {
 			t.Errorf("excluded(%q) = %v", c.name, got)
 		}
+	}
+}
+
+// A link from one of PostgreSQL's directories to another, such as the old name of a new one, does
+// not take the place of what it leads to, whichever is listed first; and a circle of links ends.
+func TestLinkedDirectories(t *testing.T) {
+	root := t.TempDir()
+	mustWrite(t, root+"/pg_b/0000", "")
+	mustWrite(t, root+"/pg_c/0000", "")
+	for link, target := range map[string]string{"pg_a": "pg_b", "pg_d": "pg_c", "pg_b/up": ".."} {
+		if err := os.Symlink(target, filepath.Join(root, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tree := &tree{root: root, top: ".", seen: map[[2]uint64]bool{}}
+	if err := tree.findDirectories("."); err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, d := range tree.directories {
+		names = append(names, d.Name)
+	}
+	if slices.Sort(names); !slices.Equal(names, []string{"./", "pg_a/", "pg_b/", "pg_c/", "pg_d/"}) {
+		t.Errorf("directories of the backup: %q", names)
 	}
 }
 

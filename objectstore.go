@@ -59,7 +59,7 @@ import (
 	"github.com/klauspost/pgzip"
 	"github.com/pierrec/lz4/v4"
 	"github.com/ulikunitz/xz"
-	_ "golang.org/x/crypto/x509roots/fallback" // the image has no CA bundle
+	"golang.org/x/crypto/x509roots/fallback/bundle"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
@@ -683,6 +683,8 @@ func newStore(c StoreConfig) (*Store, error) {
 const (
 	defaultJobs    = 2         // data.jobs where it is not set
 	copyBufferSize = 256 << 10 // per job
+
+	roleRenewal = 5 * time.Minute // before the credentials of a role end
 )
 
 // jobs is how many archives of a backup are in flight at once.
@@ -692,6 +694,7 @@ func (s *Store) jobs() int { return max(1, cmp.Or(s.Config.Configuration.Data.Jo
 // variables (AWS_*, HTTPS_PROXY, NO_PROXY) keep their meaning wherever the ObjectStore
 // says nothing else.
 func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
+	embeddedRoots()
 	conf := &s.Config.Configuration
 	httpClient := awshttp.NewBuildableClient().WithDialerOptions(func(d *net.Dialer) {
 		d.Timeout = dialTimeout
@@ -719,7 +722,9 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 	}
 	// What is empty here counts as not set.
 	cfg, err := config.LoadDefaultConfig(ctx, config.WithHTTPClient(httpClient), config.WithCredentialsProvider(keys),
-		config.WithRegion(s.Config.Region), config.WithSharedConfigProfile(s.profile))
+		config.WithRegion(s.Config.Region), config.WithSharedConfigProfile(s.profile),
+		// The keys of a role are renewed before they end: the server's clock may be ahead.
+		config.WithCredentialsCacheOptions(func(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = roleRenewal }))
 	if err != nil {
 		return nil, fmt.Errorf("load the S3 configuration from the environment: %w", err)
 	}
@@ -758,6 +763,21 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		o.UsePathStyle = s.addressing == "path" || s.addressing != "virtual" && conf.EndpointURL != ""
 	}), nil
 }
+
+// embeddedRoots has the public CAs trusted where the system has none, as in the image. The
+// package above this one would parse all of them when the program starts, which takes
+// longer than everything else that a sidecar does until it listens.
+var embeddedRoots = sync.OnceFunc(func() {
+	pool := x509.NewCertPool()
+	for root := range bundle.Roots() {
+		cert, err := x509.ParseCertificate(root.Certificate)
+		if err != nil {
+			panic(err) // a bundle that was built broken
+		}
+		pool.AddCertWithConstraint(cert, root.Constraint)
+	}
+	x509.SetFallbackRoots(pool)
+})
 
 // stallConn breaks a connection on which a read or a write makes no progress. It reads ahead,
 // since TLS would ask the kernel for one record of 16 KiB after the other.
@@ -2092,7 +2112,7 @@ type BackupInfo struct {
 	// Keep is what its annotation says: full, standalone (without the WAL that follows), or "".
 	Keep string
 
-	// barmanOnly are the lines of newer Barmans that say what we cannot delete: a chain of
+	// barmanOnly are the lines of newer Barmans that say what we can neither restore nor delete: a chain of
 	// incremental backups, or disk snapshots.
 	barmanOnly map[string]string
 

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -11,11 +12,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -908,4 +912,113 @@ func TestCreateBucket(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.remove(t, "made-by-the-test", "key")
+}
+
+// The image has no CA bundle: there the embedded CAs are trusted, and only once a store is used.
+func TestEmbeddedRoots(t *testing.T) {
+	if os.Getenv("SSL_CERT_FILE") != "/nonexistent" {
+		cmd := exec.Command(os.Args[0], "-test.run", "^TestEmbeddedRoots$", "-test.v")
+		cmd.Env = append(os.Environ(), "SSL_CERT_FILE=/nonexistent", "SSL_CERT_DIR=/nonexistent")
+		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("trusted: ")) {
+			t.Fatalf("without a CA bundle: %v\n%s", err, out)
+		}
+		return
+	}
+	trusted := func() int {
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(pool.Subjects())
+	}
+	if n := trusted(); n != 0 {
+		t.Fatalf("%d CAs are trusted before a store is used", n)
+	}
+	testStore(t, testS3(t), newBucket(t), "main") // with a client
+	if n := trusted(); n < 50 {
+		t.Fatalf("%d CAs are trusted", n)
+	} else {
+		t.Logf("trusted: %d", n)
+	}
+}
+
+// Each way by which a Pod gets the keys of a role, against a server that answers as that
+// part of AWS does; the keys it hands out are those of the S3 server, without a session
+// token, which that one does not know.
+func TestIAMRole(t *testing.T) {
+	s := testS3(t)
+	var mu sync.Mutex
+	var asked []string
+	role := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		r.ParseForm()
+		asked = append(asked, r.Method+" "+r.URL.Path+r.Header.Get("Authorization")+r.Form.Get("WebIdentityToken"))
+		// so near that the next request needs new ones
+		expiration := time.Now().Add(time.Minute).UTC().Format(time.RFC3339)
+		switch r.URL.Path {
+		case "/latest/api/token":
+			w.Header().Set("X-Aws-Ec2-Metadata-Token-Ttl-Seconds", "60")
+			io.WriteString(w, "session")
+		case "/latest/meta-data/iam/security-credentials/":
+			io.WriteString(w, "node-role")
+		case "/latest/meta-data/iam/security-credentials/node-role", "/v1/credentials":
+			fmt.Fprintf(w, `{"Code": "Success", "AccessKeyId": %q, "SecretAccessKey": %q, "Token": "", "Expiration": %q}`, s.AccessKey, s.SecretKey, expiration)
+		case "/": // STS
+			fmt.Fprintf(w, `<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>%s</AccessKeyId><SecretAccessKey>%s</SecretAccessKey><SessionToken></SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>`, s.AccessKey, s.SecretKey, expiration)
+		default:
+			http.NotFound(w, r)
+		}
+	}))
+	defer role.Close()
+	token := filepath.Join(testDir(t), "token")
+	for _, test := range []struct {
+		name        string
+		environment map[string]string
+		first, then string // the last thing that is asked for, before and after the token changed
+	}{
+		{"environment", map[string]string{"AWS_ACCESS_KEY_ID": s.AccessKey, "AWS_SECRET_ACCESS_KEY": s.SecretKey}, "", ""},
+		{"web identity", map[string]string{"AWS_ROLE_ARN": "arn:aws:iam::1:role/r", "AWS_WEB_IDENTITY_TOKEN_FILE": token, "AWS_ENDPOINT_URL_STS": role.URL},
+			"POST /one", "POST /two"},
+		{"Pod identity", map[string]string{"AWS_CONTAINER_CREDENTIALS_FULL_URI": role.URL + "/v1/credentials", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": token},
+			"GET /v1/credentialsone", "GET /v1/credentialstwo"},
+		{"role of the node", map[string]string{"AWS_EC2_METADATA_SERVICE_ENDPOINT": role.URL},
+			"GET /latest/meta-data/iam/security-credentials/node-role", ""}, // the SDK uses these for longer than they say
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			for k, v := range test.environment {
+				t.Setenv(k, v)
+			}
+			file := storeFile(t, s, s.newBucket(t))
+			content, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			keys := regexp.MustCompile(`accessKeyId: .*\n *secretAccessKey: .*`)
+			if err := os.WriteFile(file, keys.ReplaceAll(content, []byte("inheritFromIAMRole: true")), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			store := testStoreFile(t, file, "server")
+			for _, step := range [][2]string{{"one", test.first}, {"two", test.then}} {
+				if err := os.WriteFile(token, []byte(step[0]), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				mu.Lock()
+				asked = nil
+				mu.Unlock()
+				w := store.NewWriter(t.Context(), "server/"+step[0], putOptions{})
+				if _, err := io.WriteString(w, "content"); err != nil {
+					t.Fatal(err)
+				}
+				if err := w.Close(); err != nil {
+					t.Fatal(err)
+				}
+				mu.Lock()
+				if want := step[1]; want != "" && (len(asked) == 0 || asked[len(asked)-1] != want) {
+					t.Errorf("with the token %q: asked for %q, want %q at last", step[0], asked, want)
+				}
+				mu.Unlock()
+			}
+		})
+	}
 }

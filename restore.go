@@ -156,7 +156,7 @@ func (h timelineHistories) offLine(target, timeline uint32, at LSN) string {
 		return ""
 	}
 	history, ok := h[target]
-	if !ok {
+	if !ok && timeline < target { // which was made before its descendants
 		return fmt.Sprintf("it is on timeline %d, and the archive has no %08X.history to say that timeline %d came from it", timeline, target, target)
 	}
 	for _, s := range history {
@@ -199,6 +199,9 @@ func (g *recoveryGoal) unfit(b *BackupInfo, h timelineHistories) string {
 			return "it is not done: " + b.Error
 		}
 		return "it is not done"
+	}
+	if b.barmanOnly["parent_backup_id"]+b.barmanOnly["snapshots_info"] != "" { // PostgreSQL 17 refuses to start on the former
+		return "it is an incremental backup, or one of disk snapshots, which only Barman can restore"
 	}
 	begin, beginErr := parseLSN(b.BeginLSN)
 	end, endErr := parseLSN(b.EndLSN)

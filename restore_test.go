@@ -83,6 +83,10 @@ func TestChooseBackup(t *testing.T) {
 	// begun on timeline 1 by a standby, which followed its primary to timeline 2
 	across := aBackup("X", 2, "15:30", "0/A000200")
 	across.Timeline, across.BeginWAL, across.BeginLSN = 1, "000000010000000000000008", "0/8000028"
+	// newer than all others, and nothing that a restore of one backup could make a server of
+	incremental, snapshot := aBackup("K", 1, "17:00", "0/8000300"), aBackup("L", 1, "17:30", "0/8000400")
+	incremental.barmanOnly = map[string]string{"parent_backup_id": "A"}
+	snapshot.barmanOnly = map[string]string{"snapshots_info": "{'provider': 'aws'}"}
 
 	// Timeline 2 left 1 at 0/9000000, 3 left 2 at 0/C000000, 4 left 1 at 0/7000000.
 	h := timelineHistories{
@@ -117,6 +121,8 @@ func TestChooseBackup(t *testing.T) {
 	}{
 		{"no target: the newest on the line of the latest timeline", only("ABCD"), nil, nil, "A", nil},
 		{"not the failed ones", only("DFG"), nil, nil, "D", nil},
+		{"not what only Barman can restore", append(only("ABCD"), incremental, snapshot), nil, nil, "A", nil},
+		{"what only Barman can restore, by id", append(only("A"), incremental), &RecoveryTarget{BackupID: "K"}, nil, "", []string{"incremental backup", "only Barman"}},
 		{"none done", only("FG"), nil, nil, "", []string{"no target backup found", "F (name-F) FAILED", "failure uploading data (no space)", "timeline 1"}},
 		{"nothing at all", nil, nil, nil, "", []string{"no backup at all"}},
 
@@ -147,6 +153,7 @@ func TestChooseBackup(t *testing.T) {
 		{"a sister timeline", only("HI"), &RecoveryTarget{TargetTLI: "4"}, h, "", []string{"timeline 2, which is no ancestor of timeline 4", "timeline 3, which is no ancestor"}},
 		{"hexadecimal, as PostgreSQL reads it", only("ABCD"), &RecoveryTarget{TargetTLI: "0x4"}, h, "C", nil},
 		{"no history file of the target timeline", only("AH"), &RecoveryTarget{TargetTLI: "7"}, h, "", []string{"no 00000007.history"}},
+		{"a target timeline that is older than the backup", only("H"), &RecoveryTarget{TargetTLI: "1"}, h, "", []string{"timeline 2, which is no ancestor of timeline 1"}},
 		{"a backup on a timeline without history file", only("I"), &RecoveryTarget{TargetTLI: "3"}, nil, "I", nil},
 		{"a later timeline than the backup, cut at the first gap", only("D"), nil, timelineHistories{2: h[2], 4: {{2, 0x1}}}, "D", nil},
 		{"across a switch", []*BackupInfo{across}, nil, timelineHistories{2: h[2]}, "X", nil},
