@@ -164,6 +164,7 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer cancel()
+	context.AfterFunc(ctx, o.queue.ShutDown) // without it o.work would keep a failed start from ending
 	synced := o.startInformers(ctx, &background, metadataClient)
 	o.queue.Add(certificatesKey)
 	background.Go(func() { o.work(ctx) })
@@ -215,7 +216,6 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 	lifecycle.RegisterOperatorLifecycleServer(server, operatorLifecycle{operator: o})
 	reconciler.RegisterReconcilerHooksServer(server, reconcilerHooks{operator: o})
 
-	context.AfterFunc(ctx, o.queue.ShutDown)
 	slog.Info("Serving the CloudNativePG operator", "address", listener.Addr().String(),
 		"version", version, "sidecarImage", o.sidecarImage)
 	// Handlers answer within milliseconds; whoever holds on longer is cut off.

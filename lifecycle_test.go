@@ -23,6 +23,7 @@ import (
 	"io"
 	"log"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -2367,6 +2368,30 @@ func TestOperatorNeedsItsSettings(t *testing.T) {
 		r := runProgram(t, append([]string{"SIDECAR_IMAGE="}, c.env...), append([]string{"operator"}, c.args...)...)
 		if r.Code == 0 || !strings.Contains(r.Stdout+r.Stderr, c.want) {
 			t.Errorf("%v %v: exit code %d, %s%s; want %q", c.env, c.args, r.Code, r.Stdout, r.Stderr, c.want)
+		}
+	}
+}
+
+// A port that is taken ends the program with an error, instead of a process that waits for ever.
+func TestOperatorPortTaken(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
+	mustWrite(t, kubeconfig, "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: 'http://127.0.0.1:1'}}]\n"+
+		"contexts: [{name: x, context: {cluster: c}}]\ncurrent-context: x\n")
+	for what, flags := range map[string][]string{
+		"serve gRPC":       {"--health-probe-bind-address=0", "--server-address", taken.Addr().String()},
+		"serve the probes": {"--health-probe-bind-address", taken.Addr().String()},
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), hang)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, program(t), append([]string{"operator", "--kubeconfig", kubeconfig}, flags...)...)
+		cmd.Env = append(os.Environ(), "SIDECAR_IMAGE=x", "NAMESPACE=n")
+		if r := run(t, cmd); r.Code != exitFailed || !strings.Contains(r.Stderr, what) {
+			t.Errorf("%s: exit code %d, %s", what, r.Code, r.Stderr)
 		}
 	}
 }
