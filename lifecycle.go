@@ -1282,8 +1282,8 @@ const (
 func index[T any](name string, names func(*T) []string) cache.Indexers {
 	return cache.Indexers{name: func(obj any) ([]string, error) {
 		var v T
-		if err := fromUnstructured(obj, &v); err != nil {
-			return nil, err
+		if fromUnstructured(obj, &v) != nil {
+			return nil, nil // an error would end the program; what is wrong is told where the object is used
 		}
 		var keys []string
 		for _, n := range names(&v) {

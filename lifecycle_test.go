@@ -1406,6 +1406,19 @@ func TestAPIJudgesObjectStores(t *testing.T) {
 	}
 }
 
+// The schema admits quantities that cannot be read. Such an ObjectStore is of no use, and does no harm to others.
+func TestAPIUnreadableObjectStore(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	a.create(a.storeYAML("store-a", "instanceSidecarConfiguration: {resources: {limits: {memory: '1e99999999999999999999'}}}"))
+	a.create(a.storeYAML("store-b"))
+	waitFor(t, "the other ObjectStore to be judged", func() bool { return a.ready("store-b").Reason == "SecretNotFound" })
+	_, err := p.pre(a.cluster("main", archives))
+	mentions(t, err, "get ObjectStore "+a.namespace+"/store-a", "quantit")
+	a.patch("ObjectStore", "store-a", `{"spec":{"instanceSidecarConfiguration":null}}`)
+	waitFor(t, "it to be judged when it is corrected", func() bool { return a.ready("store-a").Reason == "SecretNotFound" })
+}
+
 // table is what kubectl get shows, a line for each object, its columns joined by blanks.
 func (a *api) table(resource string) (string, error) {
 	config := rest.CopyConfig(a.config)
