@@ -1174,9 +1174,9 @@ func (o *operator) ensureLeaf(ctx context.Context, ca *authority, name string, s
 	if s != nil {
 		pair, err := keyPair(s)
 		if err == nil {
-			_, err = pair.Leaf.Verify(x509.VerifyOptions{
-				Roots: pool(ca.bundle), KeyUsages: template.ExtKeyUsage, CurrentTime: time.Now().Add(leafRenewBefore),
-			})
+			// Under a foreign CA that ends sooner, a new leaf would be no better than this one.
+			until := slices.MinFunc([]time.Time{time.Now().Add(leafRenewBefore), ca.current.Leaf.NotAfter}, time.Time.Compare)
+			_, err = pair.Leaf.Verify(x509.VerifyOptions{Roots: pool(ca.bundle), KeyUsages: template.ExtKeyUsage, CurrentTime: until})
 		}
 		if err == nil && len(template.DNSNames) > 0 {
 			err = pair.Leaf.VerifyHostname(o.service)

@@ -970,6 +970,26 @@ func TestAPIUsesForeignCertificates(t *testing.T) {
 	waitFor(t, "the new foreign client to be let in", func() bool { return p.works(p.operatorTLS()) == nil })
 }
 
+// A foreign CA may end sooner than the leaves under it are renewed: they are made once, and not
+// again and again, and replaced when the CA is.
+func TestAPIForeignCA(t *testing.T) {
+	a := testAPI(t)
+	namespace := a.install()
+	a.putPair(namespace, defaultCASecret, "", testCA(t, leafRenewBefore/2))
+	p := a.start(namespace)
+	server, _ := p.pair(defaultServerSecret)
+	a.putPair(namespace, defaultClientSecret, "", testLeaf(t, testCA(t, time.Hour), x509.ExtKeyUsageClientAuth, time.Hour))
+	waitFor(t, "the certificates to be looked at again", func() bool { return p.works(p.operatorTLS()) == nil })
+	if now, _ := p.pair(defaultServerSecret); !bytes.Equal(now, server) {
+		t.Error("the server's leaf was made again")
+	}
+	a.putPair(namespace, defaultCASecret, "", testCA(t, leafRenewBefore/2))
+	waitFor(t, "a leaf of the next CA", func() bool {
+		now, _ := p.pair(defaultServerSecret)
+		return !bytes.Equal(now, server) && p.works(p.operatorTLS()) == nil
+	})
+}
+
 // Replicas that start together agree on one set of certificates and all serve.
 func TestAPIReplicasDoNotRace(t *testing.T) {
 	a := testAPI(t)
