@@ -2494,6 +2494,7 @@ type backupObjects struct {
 	size    int64
 	written time.Time // the last time
 	ours    bool      // some are of the layout
+	info    bool      // backup.info is among them
 	keep    string    // the annotation: full, standalone, or "" where there is none
 }
 
@@ -2520,6 +2521,7 @@ func (s *Store) BackupObjects(ctx context.Context, c *Catalog) (map[string]*back
 		if ours, _ := s.layoutKey(o.Key); ours == id {
 			b.ours = true
 		}
+		b.info = b.info || file == backupInfoFile
 		if file == keepFile {
 			if b.keep, err = s.readKeep(ctx, id); err != nil {
 				return nil, err

@@ -1201,7 +1201,9 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 		_, unreadable := facts.catalog.Unreadable[id]
 		switch b := objects[id]; {
 		case unreadable || slices.ContainsFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == id }):
-		case !abandoned(b.written) || o.BackupRunning: // not every server lists the uploads of one that is slow
+		// Not every server lists the uploads of a backup that is slow; and one that lists a
+		// backup.info but did not have it just now has lost a request, not the backup.
+		case !abandoned(b.written) || o.BackupRunning || b.info:
 			facts.active = append(facts.active, id)
 		case uploadsKnown && b.ours && b.keep == "":
 			debris = append(debris, id)
