@@ -206,6 +206,7 @@ type report struct {
 	pgdata string
 	wake   chan struct{}
 
+	telling  sync.Mutex // one tells at a time, or both would tell the same
 	mu       sync.Mutex
 	findings map[findingKey]*finding
 	archive  StoreRef // where the last WAL file went
@@ -323,6 +324,8 @@ func passing(kind string, err error) bool {
 // tell brings conditions and Events up to date with the findings. An Event tells a change
 // of a condition, not one of its message.
 func (r *report) tell(ctx context.Context) error {
+	r.telling.Lock()
+	defer r.telling.Unlock()
 	var errs []error
 	news := map[StoreRef][]metav1.Condition{}
 	r.mu.Lock()

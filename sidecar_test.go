@@ -1264,10 +1264,17 @@ func TestAPIHousekeeping(t *testing.T) {
 		c := a.conditions("main")
 		return c[conditionArchiving] == "False AccessDenied" && c[conditionRetention] == "True Succeeded" && c[conditionWAL] == "True Succeeded"
 	})
+	// as a failed restore does, while the housekeeper has been woken to do the same
+	r.found(ref, conditionRestored, "RestoreFailed", errServer)
+	if err := r.tell(t.Context()); err != nil {
+		t.Error(err)
+	}
 	stop()
 	<-ended
-	if n := len(slices.DeleteFunc(a.told(), func(e string) bool { return e != "Warning SidecarKilled" })); n != 1 {
-		t.Errorf("the Event of a killed sidecar was written %d times", n)
+	for _, event := range []string{"Warning SidecarKilled", "Warning RestoreFailed"} {
+		if n := len(slices.DeleteFunc(a.told(), func(e string) bool { return e != event })); n != 1 {
+			t.Errorf("the Event %s was written %d times", event, n)
+		}
 	}
 }
 
