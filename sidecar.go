@@ -211,6 +211,7 @@ type report struct {
 	findings map[findingKey]*finding
 	archive  StoreRef // where the last WAL file went
 	lastWAL  string
+	worked   bool // something was archived, or failed to be, since the progress was written
 	done     archivingDone
 	written  time.Time // when the progress was
 
@@ -235,6 +236,7 @@ type finding struct {
 	reason string
 	since  time.Time
 	told   string // what the last Event said
+	seen   bool   // in the status: what is found there from then on is another Pod's word, which is newer
 }
 
 func newReport(source configSource, pgdata string) *report {
@@ -249,6 +251,9 @@ func (r *report) found(at StoreRef, kind, otherwise string, err error) {
 	if f == nil {
 		f = &finding{}
 		r.findings[findingKey{at, kind}] = f
+	}
+	if f.seen { // what counts as told is then what the status says now
+		f.seen, f.told = false, ""
 	}
 	reason := failureReason(err, otherwise)
 	if kind == conditionRetention && err != nil {
@@ -277,6 +282,7 @@ func (r *report) archived(cluster *Cluster, at StoreRef, path string, took time.
 	r.found(at, conditionArchiving, "ArchivingFailed", err)
 	info, statErr := os.Stat(path)
 	r.mu.Lock()
+	r.worked = true
 	r.done.seconds += took.Seconds()
 	if err != nil {
 		r.done.failures++
@@ -336,11 +342,11 @@ func (r *report) tell(ctx context.Context) error {
 		if f.err != nil {
 			c.Status, c.Message = metav1.ConditionFalse, clip(f.err.Error(), maxConditionMessage)
 		}
-		if !passing(key.kind, f.err) || time.Since(f.since) >= passingPatience {
+		if !f.seen && (!passing(key.kind, f.err) || time.Since(f.since) >= passingPatience) {
 			news[key.at] = append(news[key.at], c)
 		}
 	}
-	progress := r.lastWAL != "" && time.Since(r.written) >= progressLife
+	progress := r.lastWAL != "" && r.worked && time.Since(r.written) >= progressLife
 	if progress && news[r.archive] == nil {
 		news[r.archive] = []metav1.Condition{}
 	}
@@ -417,6 +423,7 @@ func (r *report) event(ctx context.Context, at StoreRef, c metav1.Condition, kno
 	}
 	r.mu.Lock()
 	f.told = state
+	f.seen = f.reason == c.Reason && known != nil && string(known.Status)+" "+known.Reason == state
 	r.mu.Unlock()
 	return nil
 }
@@ -425,10 +432,10 @@ func (r *report) event(ctx context.Context, at StoreRef, c metav1.Condition, kno
 func (r *report) fillProgress(at StoreRef, s *ServerStatus) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if at != r.archive {
+	if at != r.archive || !r.worked {
 		return
 	}
-	r.written = time.Now()
+	r.written, r.worked = time.Now(), false
 	s.LastArchivedWAL, s.LastArchivedTime = r.lastWAL, r.done.lastTime
 	s.OldestWaitingWAL, s.OldestWaitingSince, _ = oldestWaiting(r.pgdata)
 }

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -1276,6 +1277,45 @@ func TestAPIHousekeeping(t *testing.T) {
 			t.Errorf("the Event %s was written %d times", event, n)
 		}
 	}
+}
+
+// Each Pod tells what it has found until the status shows it. Then another Pod may have newer
+// words, after a failover or a backup of another instance, and those stay.
+func TestAPIFormerPrimary(t *testing.T) {
+	a := testAPI(t)
+	server, bucket := testS3(t), newBucket(t)
+	former, kube, _ := a.maintained(server, bucket)
+	primary, ref := newReport(kube, testDir(t)), StoreRef{"store-a", "main"}
+	expect := func(what string, r *report, archiving, backup, last string) {
+		t.Helper()
+		for range 2 { // the second time it sees what it has written
+			if err := r.tell(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			waitFor(t, what, func() bool {
+				now := a.read("ObjectStore", a.namespace, "store-a")
+				st, err := kube.Status(t.Context(), "store-a")
+				return err == nil && reflect.DeepEqual(st, as[ObjectStore](t, now).Status)
+			})
+		}
+		c := a.conditions("main")
+		if st, err := kube.Status(t.Context(), "store-a"); err != nil || c[conditionArchiving] != archiving || c[conditionBackup] != backup || st.Servers["main"].LastArchivedWAL != last {
+			t.Errorf("%s: %q, %+v, %v", what, c, st.Servers["main"], err)
+		}
+	}
+	first, second := segmentName(1, 5, mib), segmentName(2, 7, mib)
+	former.archived(&Cluster{}, ref, first, time.Second, nil)
+	former.archived(&Cluster{}, ref, segmentName(1, 6, mib), time.Second, errDenied)
+	former.found(ref, conditionBackup, "BackupFailed", errServer)
+	expect("the former primary", former, "False AccessDenied", "False BackupFailed", first)
+	primary.archived(&Cluster{}, ref, second, time.Second, nil)
+	primary.found(ref, conditionBackup, "BackupFailed", nil)
+	expect("the primary", primary, "True Succeeded", "True Succeeded", second)
+	former.written = time.Time{}
+	expect("the former primary goes on", former, "True Succeeded", "True Succeeded", second)
+	former.found(ref, conditionBackup, "BackupFailed", errServer)
+	expect("a backup of the former primary", former, "True Succeeded", "False BackupFailed", second)
+	equal(t, "Events", a.told(), []string{"Normal Archiving", "Normal LastBackupSucceeded", "Warning AccessDenied", "Warning BackupFailed", "Warning BackupFailed"})
 }
 
 // In a Pod the subcommands find store, keys and server name by themselves. What a Pod has of
