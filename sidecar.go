@@ -48,6 +48,7 @@ import (
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
 )
 
 // pluginSocket is where the instance manager looks for plugins: the file name is the plugin's name.
@@ -1514,6 +1515,7 @@ type watchKey struct {
 }
 
 func newKubeSource(ctx context.Context, namespace string) (*kubeSource, error) {
+	klog.SetSlogLogger(slog.Default()) // client-go logs through klog
 	c, err := rest.InClusterConfig()
 	if err != nil {
 		return nil, fmt.Errorf("reach the Kubernetes API: %w; outside Kubernetes use --objectstore FILE", err)

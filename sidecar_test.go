@@ -1364,6 +1364,16 @@ func TestAPISubcommandsInAPod(t *testing.T) {
 	if v := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.Servers["main"].LastVerification; v == nil || v.OK || v.Backups != 1 || len(v.Problems) == 0 {
 		t.Errorf("last verification %+v", v)
 	}
+
+	// what client-go has to say has the shape of every other line of the log
+	a.change("Role", a.namespace, "main", func(role map[string]any) {
+		for _, rule := range role["rules"].([]any) {
+			rule.(map[string]any)["verbs"] = []any{"get"}
+		}
+	})
+	if out := inPod(0, "check"); !regexp.MustCompile(`(?m)^\{.*forbidden`).MatchString(out) || regexp.MustCompile(`(?m)^[IWEF]\d{4} `).MatchString(out) {
+		t.Error(out)
+	}
 }
 
 // What is wrong with an archive is on the Cluster, as an Event, and in the status of the
