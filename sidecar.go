@@ -69,6 +69,10 @@ func runSidecar(ctx context.Context, args []string) error {
 	pgdata := fs.String("pgdata", os.Getenv("PGDATA"), "the data `directory` of PostgreSQL (default: $PGDATA)")
 	spool := fs.String("spool", os.Getenv("SPOOL_DIRECTORY"), "keep prefetched WAL in this `directory` (default: $SPOOL_DIRECTORY; none: no prefetch)")
 	manifests := fs.String("objectstore", "", "read ObjectStores and their Secrets from this YAML `file` instead of from Kubernetes")
+	// The original's, which additionalContainerArgs of old manifests may hold.
+	for _, name := range []string{"pprof-server", "log-destination", "log-field-level", "log-field-timestamp"} {
+		fs.String(name, "", "accepted, without effect")
+	}
 	if err := parseFlags(fs, args); err != nil {
 		return err
 	}

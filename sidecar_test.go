@@ -1574,6 +1574,7 @@ func TestCommandLineErrors(t *testing.T) {
 		{[]string{"wal-archive", "--objectstore", file, "--server-name", "x"}, exitUsage, "takes 1 arguments"},
 		{[]string{"sidecar", "--log-level", "loud"}, exitUsage, `"loud" is not one of`},
 		{[]string{"sidecar", "--pgdata", "/tmp"}, exitUsage, "NAMESPACE"},
+		{[]string{"sidecar", "--pgdata", "/tmp", "--pprof-server=0.0.0.0:6061", "--log-destination", "/x"}, exitUsage, "NAMESPACE"}, // the original's
 	} {
 		cmd := exec.Command(program(t), c.args...)
 		cmd.Env = slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, "NAMESPACE=") || strings.HasPrefix(e, "PGDATA=") })
