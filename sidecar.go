@@ -485,11 +485,12 @@ func (r *report) housekeep(ctx context.Context, instance string) {
 	both.Wait()
 }
 
-// again calls f at once, at every tick and when it is woken. Of an error that stays it tells once.
+// again calls f at once, at every tick and when it is woken, but once between two ticks:
+// what fails and works by turns would write without end. Of an error that stays it tells once.
 func again(ctx context.Context, wake <-chan struct{}, f func(context.Context) error) {
 	tick := time.NewTicker(housekeepingTick)
 	defer tick.Stop()
-	for said := ""; ctx.Err() == nil; {
+	for said, woken := "", wake; ctx.Err() == nil; {
 		err := f(ctx)
 		switch {
 		case err == nil:
@@ -500,7 +501,9 @@ func again(ctx context.Context, wake <-chan struct{}, f func(context.Context) er
 		}
 		select {
 		case <-tick.C:
-		case <-wake:
+			woken = wake
+		case <-woken:
+			woken = nil
 		case <-ctx.Done():
 		}
 	}

@@ -1279,6 +1279,29 @@ func TestAPIHousekeeping(t *testing.T) {
 	}
 }
 
+// What fails and works by turns, many times a second, gives few Events.
+func TestAPIFewEvents(t *testing.T) {
+	a := testAPI(t)
+	server, bucket := testS3(t), newBucket(t)
+	r, _, _ := a.maintained(server, bucket)
+	archived := func(err error) { r.archived(&Cluster{}, StoreRef{"store-a", "main"}, seg5, time.Second, err) }
+	archived(errDenied)
+	if err := r.tell(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithTimeout(t.Context(), 15*time.Second)
+	defer stop()
+	go func() {
+		for n := 0; sleep(ctx, 50*time.Millisecond) == nil; n++ {
+			archived([]error{nil, errDenied}[n%2])
+		}
+	}()
+	r.housekeep(ctx, "main-2")
+	if n := len(a.told()); n == 0 || n > 6 {
+		t.Errorf("%d Events in 15 seconds", n)
+	}
+}
+
 // Each Pod tells what it has found until the status shows it. Then another Pod may have newer
 // words, after a failover or a backup of another instance, and those stay.
 func TestAPIFormerPrimary(t *testing.T) {
