@@ -164,6 +164,7 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer cancel()
+	context.AfterFunc(ctx, o.queue.ShutDown) // without it o.work would keep a failed start from ending
 	synced := o.startInformers(ctx, &background, metadataClient)
 	o.queue.Add(certificatesKey)
 	background.Go(func() { o.work(ctx) })
@@ -215,7 +216,6 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 	lifecycle.RegisterOperatorLifecycleServer(server, operatorLifecycle{operator: o})
 	reconciler.RegisterReconcilerHooksServer(server, reconcilerHooks{operator: o})
 
-	context.AfterFunc(ctx, o.queue.ShutDown)
 	slog.Info("Serving the CloudNativePG operator", "address", listener.Addr().String(),
 		"version", version, "sidecarImage", o.sidecarImage)
 	// Handlers answer within milliseconds; whoever holds on longer is cut off.
@@ -1174,9 +1174,9 @@ func (o *operator) ensureLeaf(ctx context.Context, ca *authority, name string, s
 	if s != nil {
 		pair, err := keyPair(s)
 		if err == nil {
-			_, err = pair.Leaf.Verify(x509.VerifyOptions{
-				Roots: pool(ca.bundle), KeyUsages: template.ExtKeyUsage, CurrentTime: time.Now().Add(leafRenewBefore),
-			})
+			// Under a foreign CA that ends sooner, a new leaf would be no better than this one.
+			until := slices.MinFunc([]time.Time{time.Now().Add(leafRenewBefore), ca.current.Leaf.NotAfter}, time.Time.Compare)
+			_, err = pair.Leaf.Verify(x509.VerifyOptions{Roots: pool(ca.bundle), KeyUsages: template.ExtKeyUsage, CurrentTime: until})
 		}
 		if err == nil && len(template.DNSNames) > 0 {
 			err = pair.Leaf.VerifyHostname(o.service)
@@ -1282,8 +1282,8 @@ const (
 func index[T any](name string, names func(*T) []string) cache.Indexers {
 	return cache.Indexers{name: func(obj any) ([]string, error) {
 		var v T
-		if err := fromUnstructured(obj, &v); err != nil {
-			return nil, err
+		if fromUnstructured(obj, &v) != nil {
+			return nil, nil // an error would end the program; what is wrong is told where the object is used
 		}
 		var keys []string
 		for _, n := range names(&v) {

@@ -23,6 +23,7 @@ import (
 	"io"
 	"log"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -969,6 +970,26 @@ func TestAPIUsesForeignCertificates(t *testing.T) {
 	waitFor(t, "the new foreign client to be let in", func() bool { return p.works(p.operatorTLS()) == nil })
 }
 
+// A foreign CA may end sooner than the leaves under it are renewed: they are made once, and not
+// again and again, and replaced when the CA is.
+func TestAPIForeignCA(t *testing.T) {
+	a := testAPI(t)
+	namespace := a.install()
+	a.putPair(namespace, defaultCASecret, "", testCA(t, leafRenewBefore/2))
+	p := a.start(namespace)
+	server, _ := p.pair(defaultServerSecret)
+	a.putPair(namespace, defaultClientSecret, "", testLeaf(t, testCA(t, time.Hour), x509.ExtKeyUsageClientAuth, time.Hour))
+	waitFor(t, "the certificates to be looked at again", func() bool { return p.works(p.operatorTLS()) == nil })
+	if now, _ := p.pair(defaultServerSecret); !bytes.Equal(now, server) {
+		t.Error("the server's leaf was made again")
+	}
+	a.putPair(namespace, defaultCASecret, "", testCA(t, leafRenewBefore/2))
+	waitFor(t, "a leaf of the next CA", func() bool {
+		now, _ := p.pair(defaultServerSecret)
+		return !bytes.Equal(now, server) && p.works(p.operatorTLS()) == nil
+	})
+}
+
 // Replicas that start together agree on one set of certificates and all serve.
 func TestAPIReplicasDoNotRace(t *testing.T) {
 	a := testAPI(t)
@@ -1403,6 +1424,19 @@ func TestAPIJudgesObjectStores(t *testing.T) {
 	if got := a.ready("no-ca"); got.Reason != "SecretKeyNotFound" {
 		t.Errorf("the CA's Secret came without the key: %+v", got)
 	}
+}
+
+// The schema admits quantities that cannot be read. Such an ObjectStore is of no use, and does no harm to others.
+func TestAPIUnreadableObjectStore(t *testing.T) {
+	a := testAPI(t)
+	p := a.start(a.install())
+	a.create(a.storeYAML("store-a", "instanceSidecarConfiguration: {resources: {limits: {memory: '1e99999999999999999999'}}}"))
+	a.create(a.storeYAML("store-b"))
+	waitFor(t, "the other ObjectStore to be judged", func() bool { return a.ready("store-b").Reason == "SecretNotFound" })
+	_, err := p.pre(a.cluster("main", archives))
+	mentions(t, err, "get ObjectStore "+a.namespace+"/store-a", "quantit")
+	a.patch("ObjectStore", "store-a", `{"spec":{"instanceSidecarConfiguration":null}}`)
+	waitFor(t, "it to be judged when it is corrected", func() bool { return a.ready("store-a").Reason == "SecretNotFound" })
 }
 
 // table is what kubectl get shows, a line for each object, its columns joined by blanks.
@@ -2367,6 +2401,30 @@ func TestOperatorNeedsItsSettings(t *testing.T) {
 		r := runProgram(t, append([]string{"SIDECAR_IMAGE="}, c.env...), append([]string{"operator"}, c.args...)...)
 		if r.Code == 0 || !strings.Contains(r.Stdout+r.Stderr, c.want) {
 			t.Errorf("%v %v: exit code %d, %s%s; want %q", c.env, c.args, r.Code, r.Stdout, r.Stderr, c.want)
+		}
+	}
+}
+
+// A port that is taken ends the program with an error, instead of a process that waits for ever.
+func TestOperatorPortTaken(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
+	mustWrite(t, kubeconfig, "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: 'http://127.0.0.1:1'}}]\n"+
+		"contexts: [{name: x, context: {cluster: c}}]\ncurrent-context: x\n")
+	for what, flags := range map[string][]string{
+		"serve gRPC":       {"--health-probe-bind-address=0", "--server-address", taken.Addr().String()},
+		"serve the probes": {"--health-probe-bind-address", taken.Addr().String()},
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), hang)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, program(t), append([]string{"operator", "--kubeconfig", kubeconfig}, flags...)...)
+		cmd.Env = append(os.Environ(), "SIDECAR_IMAGE=x", "NAMESPACE=n")
+		if r := run(t, cmd); r.Code != exitFailed || !strings.Contains(r.Stderr, what) {
+			t.Errorf("%s: exit code %d, %s", what, r.Code, r.Stderr)
 		}
 	}
 }

@@ -2339,6 +2339,7 @@ type backupObjects struct {
 	size    int64
 	written time.Time // the last time
 	ours    bool      // some are of the layout
+	info    bool      // backup.info is among them
 	keep    string    // the annotation: full, standalone, or "" where there is none
 }
 
@@ -2374,6 +2375,7 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 		if ours, _ := s.layoutKey(o.Key); ours == id {
 			b.ours = true
 		}
+		b.info = b.info || file == backupInfoFile
 		if file == keepFile {
 			switch content, _, err := s.read(ctx, o.Key, 64); {
 			case errors.Is(err, errNotFound): // taken back since the listing

@@ -943,6 +943,24 @@ func TestRetentionDebris(t *testing.T) {
 	}
 }
 
+// A server that says once, wrongly, that there is no such backup.info loses nobody a backup, nor its WAL.
+func TestRetentionLied(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	a := aWeek()
+	a.write(t, s, bucket, "main")
+	s.age(t, bucket, "main", days(2))
+	before, _ := a.left(t, s, bucket, "main")
+	for i := range a.backups {
+		proxy := startFaultProxy(t, s)
+		proxy.add(fault{Method: "GET", Path: regexp.MustCompile(a.backups[i].backupID() + `/backup\.info`), Do: answerError, HTTP: http.StatusNotFound, Code: "NoSuchKey"})
+		store := testStoreFile(t, storeFileAt(t, s, proxy.Endpoint, "s3://"+bucket), "main")
+		r, err := store.enforceRetention(t.Context(), retentionOptions{Now: time.Now()})
+		if backups, _ := a.left(t, s, bucket, "main"); err != nil || !slices.Equal(backups, before) || len(r.Debris) > 0 {
+			t.Errorf("%s: %q are left of %q: %+v, %v", a.backups[i].name, backups, before, r, err)
+		}
+	}
+}
+
 // A backup that runs has its archives in unfinished uploads, which no listing shows. Its WAL
 // stays all the same, from the beginning of the backup before it.
 func TestRetentionBackupUnderWay(t *testing.T) {

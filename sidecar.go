@@ -48,6 +48,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/pager"
+	"k8s.io/klog/v2"
 )
 
 // pluginSocket is where the instance manager looks for plugins: the file name is the plugin's name.
@@ -68,6 +69,10 @@ func runSidecar(ctx context.Context, args []string) error {
 	pgdata := fs.String("pgdata", os.Getenv("PGDATA"), "the data `directory` of PostgreSQL (default: $PGDATA)")
 	spool := fs.String("spool", os.Getenv("SPOOL_DIRECTORY"), "keep prefetched WAL in this `directory` (default: $SPOOL_DIRECTORY; none: no prefetch)")
 	manifests := fs.String("objectstore", "", "read ObjectStores and their Secrets from this YAML `file` instead of from Kubernetes")
+	// The original's, which additionalContainerArgs of old manifests may hold.
+	for _, name := range []string{"pprof-server", "log-destination", "log-field-level", "log-field-timestamp"} {
+		fs.String(name, "", "accepted, without effect")
+	}
 	if err := parseFlags(fs, args); err != nil {
 		return err
 	}
@@ -206,10 +211,12 @@ type report struct {
 	pgdata string
 	wake   chan struct{}
 
+	telling  sync.Mutex // one tells at a time, or both would tell the same
 	mu       sync.Mutex
 	findings map[findingKey]*finding
 	archive  StoreRef // where the last WAL file went
 	lastWAL  string
+	worked   bool // something was archived, or failed to be, since the progress was written
 	done     archivingDone
 	written  time.Time // when the progress was
 
@@ -234,6 +241,7 @@ type finding struct {
 	reason string
 	since  time.Time
 	told   string // what the last Event said
+	seen   bool   // in the status: what is found there from then on is another Pod's word, which is newer
 }
 
 func newReport(source configSource, pgdata string) *report {
@@ -248,6 +256,9 @@ func (r *report) found(at StoreRef, kind, otherwise string, err error) {
 	if f == nil {
 		f = &finding{}
 		r.findings[findingKey{at, kind}] = f
+	}
+	if f.seen { // what counts as told is then what the status says now
+		f.seen, f.told = false, ""
 	}
 	reason := failureReason(err, otherwise)
 	if kind == conditionRetention && err != nil {
@@ -276,6 +287,7 @@ func (r *report) archived(cluster *Cluster, at StoreRef, path string, took time.
 	r.found(at, conditionArchiving, "ArchivingFailed", err)
 	info, statErr := os.Stat(path)
 	r.mu.Lock()
+	r.worked = true
 	r.done.seconds += took.Seconds()
 	if err != nil {
 		r.done.failures++
@@ -317,6 +329,8 @@ func failureReason(err error, otherwise string) string {
 // tell brings conditions and Events up to date with the findings. An Event tells a change
 // of a condition, not one of its message.
 func (r *report) tell(ctx context.Context) error {
+	r.telling.Lock()
+	defer r.telling.Unlock()
 	var errs []error
 	news := map[StoreRef][]metav1.Condition{}
 	r.mu.Lock()
@@ -329,11 +343,11 @@ func (r *report) tell(ctx context.Context) error {
 		}
 		// A WAL file is tried again and again, and a Role may be a moment behind its Cluster.
 		passing := key.kind == conditionArchiving && (errors.Is(f.err, errTransient) || errors.Is(f.err, errForbidden))
-		if !passing || time.Since(f.since) >= passingPatience {
+		if !f.seen && (!passing || time.Since(f.since) >= passingPatience) {
 			news[key.at] = append(news[key.at], c)
 		}
 	}
-	progress := r.lastWAL != "" && time.Since(r.written) >= progressLife
+	progress := r.lastWAL != "" && r.worked && time.Since(r.written) >= progressLife
 	if progress && news[r.archive] == nil {
 		news[r.archive] = []metav1.Condition{}
 	}
@@ -410,6 +424,7 @@ func (r *report) event(ctx context.Context, at StoreRef, c metav1.Condition, kno
 	}
 	r.mu.Lock()
 	f.told = state
+	f.seen = f.reason == c.Reason && known != nil && string(known.Status)+" "+known.Reason == state
 	r.mu.Unlock()
 	return nil
 }
@@ -418,10 +433,10 @@ func (r *report) event(ctx context.Context, at StoreRef, c metav1.Condition, kno
 func (r *report) fillProgress(at StoreRef, s *ServerStatus) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if at != r.archive {
+	if at != r.archive || !r.worked {
 		return
 	}
-	r.written = time.Now()
+	r.written, r.worked = time.Now(), false
 	s.LastArchivedWAL, s.LastArchivedTime = r.lastWAL, r.done.lastTime
 	s.OldestWaitingWAL, s.OldestWaitingSince, _ = oldestWaiting(r.pgdata)
 }
@@ -466,11 +481,12 @@ func (r *report) housekeep(ctx context.Context, instance string) {
 	both.Wait()
 }
 
-// again calls f at once, at every tick and when it is woken. Of an error that stays it tells once.
+// again calls f at once, at every tick and when it is woken, but once between two ticks:
+// what fails and works by turns would write without end. Of an error that stays it tells once.
 func again(ctx context.Context, wake <-chan struct{}, f func(context.Context) error) {
 	tick := time.NewTicker(housekeepingTick)
 	defer tick.Stop()
-	for said := ""; ctx.Err() == nil; {
+	for said, woken := "", wake; ctx.Err() == nil; {
 		err := f(ctx)
 		switch {
 		case err == nil:
@@ -481,7 +497,9 @@ func again(ctx context.Context, wake <-chan struct{}, f func(context.Context) er
 		}
 		select {
 		case <-tick.C:
-		case <-wake:
+			woken = wake
+		case <-woken:
+			woken = nil
 		case <-ctx.Done():
 		}
 	}
@@ -1187,7 +1205,9 @@ func (s *Store) gatherRetention(ctx context.Context, o retentionOptions, r *rete
 		_, unreadable := facts.catalog.Unreadable[id]
 		switch b := objects[id]; {
 		case unreadable || slices.ContainsFunc(facts.catalog.Backups, func(b *BackupInfo) bool { return b.ID == id }):
-		case !abandoned(b.written) || o.BackupRunning: // not every server lists the uploads of one that is slow
+		// Not every server lists the uploads of a backup that is slow; and one that lists a
+		// backup.info but did not have it just now has lost a request, not the backup.
+		case !abandoned(b.written) || o.BackupRunning || b.info:
 			facts.active = append(facts.active, id)
 		case uploadsKnown && b.ours && b.keep == "":
 			debris = append(debris, id)
@@ -1480,6 +1500,7 @@ type watchKey struct {
 }
 
 func newKubeSource(ctx context.Context, namespace string) (*kubeSource, error) {
+	klog.SetSlogLogger(slog.Default()) // client-go logs through klog
 	c, err := rest.InClusterConfig()
 	if err != nil {
 		return nil, fmt.Errorf("reach the Kubernetes API: %w; outside Kubernetes use --objectstore FILE", err)

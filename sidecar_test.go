@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -1264,11 +1265,80 @@ func TestAPIHousekeeping(t *testing.T) {
 		c := a.conditions("main")
 		return c[conditionArchiving] == "False AccessDenied" && c[conditionRetention] == "True Succeeded" && c[conditionWAL] == "True Succeeded"
 	})
+	// as a failed restore does, while the housekeeper has been woken to do the same
+	r.found(ref, conditionRestored, "RestoreFailed", errServer)
+	if err := r.tell(t.Context()); err != nil {
+		t.Error(err)
+	}
 	stop()
 	<-ended
-	if n := len(slices.DeleteFunc(a.told(), func(e string) bool { return e != "Warning SidecarKilled" })); n != 1 {
-		t.Errorf("the Event of a killed sidecar was written %d times", n)
+	for _, event := range []string{"Warning SidecarKilled", "Warning RestoreFailed"} {
+		if n := len(slices.DeleteFunc(a.told(), func(e string) bool { return e != event })); n != 1 {
+			t.Errorf("the Event %s was written %d times", event, n)
+		}
 	}
+}
+
+// What fails and works by turns, many times a second, gives few Events.
+func TestAPIFewEvents(t *testing.T) {
+	a := testAPI(t)
+	server, bucket := testS3(t), newBucket(t)
+	r, _, _ := a.maintained(server, bucket)
+	archived := func(err error) { r.archived(&Cluster{}, StoreRef{"store-a", "main"}, seg5, time.Second, err) }
+	archived(errDenied)
+	if err := r.tell(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithTimeout(t.Context(), 15*time.Second)
+	defer stop()
+	go func() {
+		for n := 0; sleep(ctx, 50*time.Millisecond) == nil; n++ {
+			archived([]error{nil, errDenied}[n%2])
+		}
+	}()
+	r.housekeep(ctx, "main-2")
+	if n := len(a.told()); n == 0 || n > 6 {
+		t.Errorf("%d Events in 15 seconds", n)
+	}
+}
+
+// Each Pod tells what it has found until the status shows it. Then another Pod may have newer
+// words, after a failover or a backup of another instance, and those stay.
+func TestAPIFormerPrimary(t *testing.T) {
+	a := testAPI(t)
+	server, bucket := testS3(t), newBucket(t)
+	former, kube, _ := a.maintained(server, bucket)
+	primary, ref := newReport(kube, testDir(t)), StoreRef{"store-a", "main"}
+	expect := func(what string, r *report, archiving, backup, last string) {
+		t.Helper()
+		for range 2 { // the second time it sees what it has written
+			if err := r.tell(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			waitFor(t, what, func() bool {
+				now := a.read("ObjectStore", a.namespace, "store-a")
+				st, err := kube.Status(t.Context(), "store-a")
+				return err == nil && reflect.DeepEqual(st, as[ObjectStore](t, now).Status)
+			})
+		}
+		c := a.conditions("main")
+		if st, err := kube.Status(t.Context(), "store-a"); err != nil || c[conditionArchiving] != archiving || c[conditionBackup] != backup || st.Servers["main"].LastArchivedWAL != last {
+			t.Errorf("%s: %q, %+v, %v", what, c, st.Servers["main"], err)
+		}
+	}
+	first, second := segmentName(1, 5, mib), segmentName(2, 7, mib)
+	former.archived(&Cluster{}, ref, first, time.Second, nil)
+	former.archived(&Cluster{}, ref, segmentName(1, 6, mib), time.Second, errDenied)
+	former.found(ref, conditionBackup, "BackupFailed", errServer)
+	expect("the former primary", former, "False AccessDenied", "False BackupFailed", first)
+	primary.archived(&Cluster{}, ref, second, time.Second, nil)
+	primary.found(ref, conditionBackup, "BackupFailed", nil)
+	expect("the primary", primary, "True Succeeded", "True Succeeded", second)
+	former.written = time.Time{}
+	expect("the former primary goes on", former, "True Succeeded", "True Succeeded", second)
+	former.found(ref, conditionBackup, "BackupFailed", errServer)
+	expect("a backup of the former primary", former, "True Succeeded", "False BackupFailed", second)
+	equal(t, "Events", a.told(), []string{"Normal Archiving", "Normal LastBackupSucceeded", "Warning AccessDenied", "Warning BackupFailed", "Warning BackupFailed"})
 }
 
 // In a Pod the subcommands find store, keys and server name by themselves. What a Pod has of
@@ -1316,6 +1386,16 @@ func TestAPISubcommandsInAPod(t *testing.T) {
 	inPod(exitFailed, "verify") // its WAL is an empty file
 	if v := as[ObjectStore](t, a.read("ObjectStore", a.namespace, "store-a")).Status.Servers["main"].LastVerification; v == nil || v.OK || v.Backups != 1 || len(v.Problems) == 0 {
 		t.Errorf("last verification %+v", v)
+	}
+
+	// what client-go has to say has the shape of every other line of the log
+	a.change("Role", a.namespace, "main", func(role map[string]any) {
+		for _, rule := range role["rules"].([]any) {
+			rule.(map[string]any)["verbs"] = []any{"get"}
+		}
+	})
+	if out := inPod(0, "check"); !regexp.MustCompile(`(?m)^\{.*forbidden`).MatchString(out) || regexp.MustCompile(`(?m)^[IWEF]\d{4} `).MatchString(out) {
+		t.Error(out)
 	}
 }
 
@@ -1517,6 +1597,7 @@ func TestCommandLineErrors(t *testing.T) {
 		{[]string{"wal-archive", "--objectstore", file, "--server-name", "x"}, exitUsage, "takes 1 arguments"},
 		{[]string{"sidecar", "--log-level", "loud"}, exitUsage, `"loud" is not one of`},
 		{[]string{"sidecar", "--pgdata", "/tmp"}, exitUsage, "NAMESPACE"},
+		{[]string{"sidecar", "--pgdata", "/tmp", "--pprof-server=0.0.0.0:6061", "--log-destination", "/x"}, exitUsage, "NAMESPACE"}, // the original's
 	} {
 		cmd := exec.Command(program(t), c.args...)
 		cmd.Env = slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, "NAMESPACE=") || strings.HasPrefix(e, "PGDATA=") })
