@@ -24,6 +24,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -206,7 +207,7 @@ func (o *operator) run(ctx context.Context, config *rest.Config) error {
 				return nil, errors.New("the TLS Secrets are not there yet")
 			},
 		})),
-		grpc.UnaryInterceptor(recoverPanics))
+		grpc.ChainUnaryInterceptor(logRequests, recoverPanics))
 	// The injection of a sidecar is announced because without it the instance manager does
 	// not ask the sidecar for metrics.
 	identity.RegisterIdentityServer(server, announce(
@@ -982,6 +983,15 @@ func (o *operator) judge(ctx context.Context, store *ObjectStore) (metav1.Condit
 	})
 	if err == nil {
 		_, err = newStore(config)
+	}
+	if err == nil {
+		fs, _, _, _, _ := sidecarFlags()
+		fs.SetOutput(io.Discard)
+		fs.String("log-level", "", "")
+		fs.String("log-format", "", "")
+		if err = fs.Parse(store.Spec.InstanceSidecarConfiguration.AdditionalContainerArgs); err != nil {
+			err = fmt.Errorf("ObjectStore %s: additionalContainerArgs: %w: no sidecar starts with that", store.Name, err)
+		}
 	}
 	if err != nil {
 		verdict.Reason, verdict.Message = cmp.Or(verdict.Reason, "InvalidConfiguration"), err.Error()

@@ -1343,6 +1343,7 @@ func TestAPIJudgesObjectStores(t *testing.T) {
 		"no-pem":        {"configuration: {endpointCA: {name: ca, key: ca.crt}}", "InvalidConfiguration", []string{"endpointCA (key ca.crt of Secret ca) holds no PEM certificate"}},
 		"argument":      {"configuration: {data: {additionalCommandArgs: [--frobnicate=1]}}", "InvalidConfiguration", []string{"data.additionalCommandArgs", "frobnicate"}},
 		"wal-argument":  {"configuration: {wal: {restoreAdditionalCommandArgs: [--read-timeout=soon]}}", "InvalidConfiguration", []string{"wal.restoreAdditionalCommandArgs", "soon"}},
+		"sidecar-args":  {"instanceSidecarConfiguration: {additionalContainerArgs: [--log-format=json, --frobnicate]}", "InvalidConfiguration", []string{"additionalContainerArgs", "frobnicate"}},
 		"endpoint":      {"configuration: {endpointURL: 'minio:9000'}", "InvalidConfiguration", []string{"endpointURL", "minio:9000", "http://"}},
 		"old-xz":        {"configuration: {data: {compression: xz}}", "InvalidConfiguration", []string{"data.compression: xz is for WAL only"}},
 		"old-codec":     {"configuration: {wal: {compression: rar}}", "InvalidConfiguration", []string{"wal.compression", "rar"}},

@@ -1064,10 +1064,15 @@ func (s *Store) list(ctx context.Context, prefix string, delimiter *string) iter
 }
 
 func (s *Store) nextPage(ctx context.Context, pages *s3.ListObjectsV2Paginator, prefix string) (*s3.ListObjectsV2Output, error) {
+	page, err := inTime(ctx, pages.NextPage)
+	return page, s.wrap("list", prefix, err)
+}
+
+// inTime asks for one page of a listing.
+func inTime[P any](ctx context.Context, next func(context.Context, ...func(*s3.Options)) (P, error)) (P, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	page, err := pages.NextPage(ctx)
-	return page, s.wrap("list", prefix, err)
+	return next(ctx)
 }
 
 // ListDirectories returns the names of the directories directly under a prefix that ends in a slash.
@@ -1727,7 +1732,7 @@ func (s *Store) Uploads(ctx context.Context, prefix string) ([]upload, error) {
 	var uploads []upload
 	pages := s3.NewListMultipartUploadsPaginator(s.client, &s3.ListMultipartUploadsInput{Bucket: &s.bucket, Prefix: &prefix})
 	for pages.HasMorePages() {
-		page, err := pages.NextPage(ctx)
+		page, err := inTime(ctx, pages.NextPage)
 		if err != nil {
 			return nil, s.wrap("list multipart uploads of", prefix, err)
 		}
@@ -1742,7 +1747,7 @@ func (s *Store) Uploads(ctx context.Context, prefix string) ([]upload, error) {
 		u := &uploads[i]
 		parts := s3.NewListPartsPaginator(s.client, &s3.ListPartsInput{Bucket: &s.bucket, Key: &u.key, UploadId: &u.id})
 		for parts.HasMorePages() {
-			page, err := parts.NextPage(ctx)
+			page, err := inTime(ctx, parts.NextPage)
 			if err = s.wrap("list the parts of", u.key, err); errors.Is(err, errNotFound) {
 				break // ended since
 			} else if err != nil {

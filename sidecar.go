@@ -30,6 +30,7 @@ import (
 	"github.com/cloudnative-pg/cnpg-i/pkg/metrics"
 	restorejob "github.com/cloudnative-pg/cnpg-i/pkg/restore/job"
 	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
@@ -61,18 +62,24 @@ const stopGrace = 25 * time.Second
 // drainGrace is how long, after that, WAL files that PostgreSQL has left behind may take.
 const drainGrace = time.Minute
 
-// runSidecar is the subcommand `sidecar`. It returns nil when ctx ends.
-func runSidecar(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("sidecar", flag.ContinueOnError)
-	logFlags(fs)
-	socket := fs.String("socket", pluginSocket, "serve CNPG-I on this unix `socket`")
-	pgdata := fs.String("pgdata", os.Getenv("PGDATA"), "the data `directory` of PostgreSQL (default: $PGDATA)")
-	spool := fs.String("spool", os.Getenv("SPOOL_DIRECTORY"), "keep prefetched WAL in this `directory` (default: $SPOOL_DIRECTORY; none: no prefetch)")
-	manifests := fs.String("objectstore", "", "read ObjectStores and their Secrets from this YAML `file` instead of from Kubernetes")
+// sidecarFlags are those of the subcommand `sidecar`, without those of logging.
+func sidecarFlags() (fs *flag.FlagSet, socket, pgdata, spool, manifests *string) {
+	fs = flag.NewFlagSet("sidecar", flag.ContinueOnError)
+	socket = fs.String("socket", pluginSocket, "serve CNPG-I on this unix `socket`")
+	pgdata = fs.String("pgdata", os.Getenv("PGDATA"), "the data `directory` of PostgreSQL (default: $PGDATA)")
+	spool = fs.String("spool", os.Getenv("SPOOL_DIRECTORY"), "keep prefetched WAL in this `directory` (default: $SPOOL_DIRECTORY; none: no prefetch)")
+	manifests = fs.String("objectstore", "", "read ObjectStores and their Secrets from this YAML `file` instead of from Kubernetes")
 	// The original's, which additionalContainerArgs of old manifests may hold.
 	for _, name := range []string{"pprof-server", "log-destination", "log-field-level", "log-field-timestamp"} {
 		fs.String(name, "", "accepted, without effect")
 	}
+	return
+}
+
+// runSidecar is the subcommand `sidecar`. It returns nil when ctx ends.
+func runSidecar(ctx context.Context, args []string) error {
+	fs, socket, pgdata, spool, manifests := sidecarFlags()
+	logFlags(fs)
 	if err := parseFlags(fs, args); err != nil {
 		return err
 	}
@@ -211,7 +218,7 @@ type report struct {
 	pgdata string
 	wake   chan struct{}
 
-	telling  sync.Mutex // one tells at a time, or both would tell the same
+	telling  *semaphore.Weighted // one tells at a time, or both would tell the same
 	mu       sync.Mutex
 	findings map[findingKey]*finding
 	archive  StoreRef // where the last WAL file went
@@ -245,7 +252,7 @@ type finding struct {
 }
 
 func newReport(source configSource, pgdata string) *report {
-	return &report{source: source, pgdata: pgdata, wake: make(chan struct{}, 1), findings: map[findingKey]*finding{}}
+	return &report{source: source, pgdata: pgdata, wake: make(chan struct{}, 1), telling: semaphore.NewWeighted(1), findings: map[findingKey]*finding{}}
 }
 
 // found notes that something works (nil) or fails. otherwise is the reason of an error of no known kind.
@@ -329,8 +336,10 @@ func failureReason(err error, otherwise string) string {
 // tell brings conditions and Events up to date with the findings. An Event tells a change
 // of a condition, not one of its message.
 func (r *report) tell(ctx context.Context) error {
-	r.telling.Lock()
-	defer r.telling.Unlock()
+	if err := r.telling.Acquire(ctx, 1); err != nil {
+		return err // the API server does not answer the one before
+	}
+	defer r.telling.Release(1)
 	var errs []error
 	news := map[StoreRef][]metav1.Condition{}
 	r.mu.Lock()
