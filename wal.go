@@ -702,7 +702,7 @@ type archiver struct {
 }
 
 // aheadKey names a file at its destination, so that another store never acknowledges
-// what it does not hold.
+// what it does not hold, and never hands it out.
 type aheadKey struct{ destination, name string }
 
 // aheadUpload is a file that is being, or has been, stored ahead of its turn.
@@ -1153,10 +1153,9 @@ type prefetcher struct {
 
 	mu      sync.Mutex
 	workers sync.WaitGroup
-	source  string // the destination that all state is about
-	entries map[string]*prefetched
-	missing string // the first segment that was not there
-	ahead   bool   // a prefetch found that, not a request
+	entries map[aheadKey]*prefetched
+	missing aheadKey // the first segment that was not there
+	ahead   bool     // a prefetch found that, not a request
 	since   time.Time
 	idle    *time.Timer
 }
@@ -1171,7 +1170,7 @@ type prefetched struct {
 
 // newPrefetcher empties the spool of an earlier life.
 func newPrefetcher(life context.Context, spool string) (*prefetcher, error) {
-	p := &prefetcher{life: life, entries: map[string]*prefetched{}}
+	p := &prefetcher{life: life, entries: map[aheadKey]*prefetched{}}
 	if spool == "" {
 		return p, nil
 	}
@@ -1188,17 +1187,14 @@ func newPrefetcher(life context.Context, spool string) (*prefetcher, error) {
 // take moves a prefetched segment to its destination, waiting for it if it is on its
 // way; false means that the caller has to fetch it.
 func (p *prefetcher) take(ctx context.Context, s *Store, name, destination string) bool {
+	key := aheadKey{s.place(), name}
 	p.mu.Lock()
-	e := p.entries[name]
-	if p.source != s.place() {
-		e = nil
-	}
+	e := p.entries[key]
+	delete(p.entries, key)
+	p.mu.Unlock()
 	if e == nil {
-		p.mu.Unlock()
 		return false
 	}
-	delete(p.entries, name)
-	p.mu.Unlock()
 	select {
 	case <-e.done:
 	case <-ctx.Done():
@@ -1238,13 +1234,13 @@ func moveFile(from, to string) error {
 func (p *prefetcher) known(s *Store, name string, canStream bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if name != p.missing || p.source != s.place() {
+	if p.missing != (aheadKey{s.place(), name}) {
 		return nil
 	}
 	age := time.Since(p.since)
 	switch {
 	case p.ahead && canStream && age < streamEndLife:
-		p.missing = "" // the request after this one asks the store again
+		p.missing = aheadKey{} // the request after this one asks the store again
 		return fmt.Errorf("%w: %s was not in the archive %s ago", errEndOfWAL, name, age.Round(time.Millisecond))
 	case !p.ahead && age < missingLife: // a prefetch leaves a .partial to the request
 		return fmt.Errorf("%w: wal %q not found at %s %s ago", errNotFound, name, s.URL(s.walPrefix(name)), age.Round(time.Millisecond))
@@ -1256,10 +1252,11 @@ func (p *prefetcher) known(s *Store, name string, canStream bool) error {
 func (p *prefetcher) notFound(s *Store, name string, ahead bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if ahead && (p.source != s.place() || p.ahead && p.missing != "" && p.missing < name && time.Since(p.since) < streamEndLife) {
+	key := aheadKey{s.place(), name}
+	if ahead && p.ahead && p.missing.destination == key.destination && p.missing.name < name && time.Since(p.since) < streamEndLife {
 		return
 	}
-	p.source, p.missing, p.ahead, p.since = s.place(), name, ahead, time.Now()
+	p.missing, p.ahead, p.since = key, ahead, time.Now()
 }
 
 // follow starts to fetch what comes after a segment of that size, up to maxParallel
@@ -1276,24 +1273,17 @@ func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64)
 	} else {
 		p.idle.Reset(prefetchIdle)
 	}
-	wanted := map[string]bool{}
-	var order []string
+	var wanted []aheadKey
 	for i := range uint64(n - 1) {
-		next := segmentName(name.Timeline, name.number(size)+1+i, size)
-		wanted[next] = true
-		order = append(order, next)
+		wanted = append(wanted, aheadKey{s.place(), segmentName(name.Timeline, name.number(size)+1+i, size)})
 	}
-	if p.source != s.place() {
-		p.source, p.missing = s.place(), ""
-		clear(wanted)
-	}
-	for next, e := range p.entries {
-		if !wanted[next] {
-			delete(p.entries, next)
+	for key, e := range p.entries {
+		if !slices.Contains(wanted, key) {
+			delete(p.entries, key)
 			p.discard(e)
 		}
 	}
-	for _, next := range order {
+	for _, next := range wanted {
 		if next == p.missing && time.Since(p.since) < streamEndLife {
 			return // there is nothing behind the end
 		}
@@ -1301,20 +1291,20 @@ func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64)
 			continue
 		}
 		ctx, cancel := context.WithCancel(p.life)
-		e := &prefetched{path: filepath.Join(p.spool, next), cancel: cancel, done: make(chan struct{})}
+		e := &prefetched{path: filepath.Join(p.spool, next.name), cancel: cancel, done: make(chan struct{})}
 		p.entries[next] = e
 		p.workers.Go(func() {
 			defer close(e.done)
 			defer cancel()
-			w, _ := parseWALName(next) // it was made by segmentName
+			w, _ := parseWALName(next.name) // it was made by segmentName
 			_, e.err = fetchWAL(ctx, s, w, e.path, systemID, true)
 			switch {
 			case e.err == nil || ctx.Err() != nil:
 				return
 			case errors.Is(e.err, errNotFound):
-				p.notFound(s, next, true)
+				p.notFound(s, next.name, true)
 			default:
-				slog.Debug("A WAL file could not be prefetched", "walName", next, "error", e.err)
+				slog.Debug("A WAL file could not be prefetched", "walName", next.name, "error", e.err)
 			}
 			p.forget(next, e)
 		})
@@ -1322,11 +1312,11 @@ func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64)
 }
 
 // forget takes a failed entry out, so that a request for it asks the store.
-func (p *prefetcher) forget(name string, e *prefetched) {
+func (p *prefetcher) forget(key aheadKey, e *prefetched) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.entries[name] == e {
-		delete(p.entries, name)
+	if p.entries[key] == e {
+		delete(p.entries, key)
 	}
 }
 
@@ -1343,11 +1333,11 @@ func (p *prefetcher) discard(e *prefetched) {
 func (p *prefetcher) reset() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for name, e := range p.entries {
-		delete(p.entries, name)
+	for key, e := range p.entries {
+		delete(p.entries, key)
 		p.discard(e)
 	}
-	p.missing = ""
+	p.missing = aheadKey{}
 }
 
 // ---------------------------------------------------------------------------

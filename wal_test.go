@@ -1474,7 +1474,7 @@ func TestPrefetchDuringRecovery(t *testing.T) {
 	waitFor(t, "the end", func() bool {
 		c.w.prefetch.mu.Lock()
 		defer c.w.prefetch.mu.Unlock()
-		return c.w.prefetch.missing == segmentName(1, 2, mib)
+		return c.w.prefetch.missing.name == segmentName(1, 2, mib)
 	})
 	mustArchive(t, s, filepath.Join(pgWAL, segmentName(1, 2, mib)))
 	c.must(segmentName(1, 2, mib), contents[segmentName(1, 2, mib)])
@@ -1555,6 +1555,31 @@ func TestPrefetchRewind(t *testing.T) {
 	}
 	if code := c.ask(two, wal.WALRestoreRequest_MODE_REWIND); code != codes.OK {
 		t.Error(code)
+	}
+}
+
+// What was prefetched from one store is never handed out for another one, also when that has nothing.
+func TestPrefetchStoreSwitched(t *testing.T) {
+	server, bucket, other := testS3(t), newBucket(t), newBucket(t)
+	file := storeFile(t, server, bucket, "wal: {maxParallel: 3}")
+	s := openTestStore(t, file)
+	pgWAL, contents := readyWAL(t, 1, 2, 3)
+	for name := range contents {
+		mustArchive(t, s, filepath.Join(pgWAL, name))
+	}
+	c := newRestoreClient(t, file, standbyCluster)
+	two := segmentName(1, 2, mib)
+	c.must(segmentName(1, 1, mib), contents[segmentName(1, 1, mib)])
+	waitFor(t, "the prefetch", func() bool { return len(c.spooled()) == 2 })
+	switched, err := newFileSource(storeFile(t, server, other, "wal: {maxParallel: 3}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.w.source = switched
+	for range 2 {
+		if code := c.ask(two, wal.WALRestoreRequest_MODE_RECOVERY); code != codes.NotFound {
+			t.Fatalf("the other store does not have it: %s", code)
+		}
 	}
 }
 
