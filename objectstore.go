@@ -1189,7 +1189,8 @@ type objectReader struct {
 	key      string
 	etag     *string
 	offset   int64
-	failures int // since the last byte that came
+	failures int   // since the last byte that came
+	err      error // that ended the reading: some decompressors ask again and again
 	body     io.ReadCloser
 	cancel   context.CancelFunc
 	watchdog *time.Timer
@@ -1227,10 +1228,11 @@ func (r *objectReader) open() error {
 }
 
 func (r *objectReader) Read(p []byte) (n int, err error) {
-	for {
+	for r.err == nil {
 		if r.body == nil { // broken before: go on where it stopped
 			if err = r.open(); err != nil && !errors.Is(err, errTransient) {
-				return 0, err
+				r.err = err
+				break
 			}
 		}
 		if r.body != nil {
@@ -1245,10 +1247,9 @@ func (r *objectReader) Read(p []byte) (n int, err error) {
 		case err == nil, err == io.EOF && r.offset == r.Size:
 			return 0, err
 		}
-		if err := r.retry(err); err != nil {
-			return 0, err
-		}
+		r.err = r.retry(err)
 	}
+	return 0, r.err
 }
 
 // retry waits before the next attempt, or returns the error that ends the reading.

@@ -805,6 +805,19 @@ func TestRestoreThroughFaults(t *testing.T) {
 		_, err := fetchWith(t, s, seg5, restoreWALOptions{Patience: time.Minute})
 		mustSay(t, err, errDenied, seg5, "403 AccessDenied")
 	})
+	t.Run("gone in the middle", func(t *testing.T) { // Go's bzip2 reads on after an error
+		server, bucket := testS3(t), newBucket(t)
+		proxy := startFaultProxy(t, server)
+		s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "wal: {compression: bzip2}"))
+		mustArchive(t, s, writeWAL(t, seg5, segment(seg5, mib, 7, 1)))
+		proxy.add(fault{Method: http.MethodGet, Path: get, Times: 1, Do: truncateBody, Bytes: 100_000})
+		denied := proxy.add(fault{Method: http.MethodGet, Path: get, Do: answerError, HTTP: 403, Code: "AccessDenied"})
+		_, err := fetch(t, s, seg5)
+		mustSay(t, err, errDenied, seg5, "403 AccessDenied")
+		if n := proxy.hits(denied); n != 1 {
+			t.Errorf("it was asked for %d times after the answer", n)
+		}
+	})
 }
 
 // restore_command is told apart by exit code: 1 is the end of the archive, more than 125 ends recovery.
