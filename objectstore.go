@@ -800,6 +800,7 @@ func (c *stallConn) Write(b []byte) (int, error) {
 	if err := c.SetWriteDeadline(time.Now().Add(c.write)); err != nil {
 		return 0, err
 	}
+	defer func() { c.SetReadDeadline(time.Now().Add(c.read)) }() // net/http waits for the reply from before the request on
 	return c.Conn.Write(b)
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/x509"
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -721,6 +723,38 @@ func TestConditionsRefused(t *testing.T) {
 	}
 	if n := len(proxy.seen(regexp.MustCompile("^PUT"))) - before; n != 2*maxRefusals+1 {
 		t.Errorf("%d requests for %d objects", n, maxRefusals+1)
+	}
+}
+
+// A connection has as long for its reply from the end of the request on, however long that takes
+// and however long it was idle before.
+func TestStalledConnection(t *testing.T) {
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	c := &stallConn{Conn: ours, in: bufio.NewReader(ours), read: 400 * time.Millisecond, write: time.Minute}
+	defer c.Close()
+	reply := make(chan error, 1)
+	read := func() { // as the HTTP transport does from the moment that a connection is idle
+		_, err := c.Read(make([]byte, 1))
+		reply <- err
+	}
+	go read()
+	go io.CopyN(io.Discard, theirs, 10)
+	for range 10 {
+		time.Sleep(100 * time.Millisecond)
+		if _, err := c.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(100 * time.Millisecond)
+	go theirs.Write([]byte("y"))
+	if err := <-reply; err != nil {
+		t.Errorf("a slow request that was answered at once: %v", err)
+	}
+	start := time.Now()
+	go read()
+	if err := <-reply; !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) > 10*time.Second {
+		t.Errorf("no reply: %v after %s", err, time.Since(start))
 	}
 }
 
