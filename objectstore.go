@@ -818,6 +818,7 @@ var (
 	errUnsupported  = errors.New("not supported by the server")
 	errUntrusted    = errors.New("certificate not trusted")
 	errTransient    = errors.New("transient failure")
+	errNotS3        = errors.New("the reply is a success, but has nothing of what S3 replies") // a page of a gateway, or of a console
 )
 
 // storeError is a failed request: what was asked of which object, what the server said, and what to do.
@@ -899,7 +900,7 @@ func (s *Store) wrap(op, key string, err error) error {
 		}
 	case status == http.StatusMovedPermanently, code == "AuthorizationHeaderMalformed", code == "IllegalLocationConstraintException":
 		e.hint = fmt.Sprintf("set the region of bucket %q: s3Credentials.region of ObjectStore %s", s.bucket, s.Config.Name)
-	case status == http.StatusNotFound:
+	case status == http.StatusNotFound, errors.Is(err, errNotS3):
 		e.hint = fmt.Sprintf("that is no answer of an S3 server: check endpointURL of ObjectStore %s, and what stands in front of %s", s.Config.Name, where)
 	case errors.As(err, &unknownCA), errors.As(err, &hostname):
 		e.kind = errUntrusted
@@ -1066,6 +1067,9 @@ func (s *Store) list(ctx context.Context, prefix string, delimiter *string) iter
 
 func (s *Store) nextPage(ctx context.Context, pages *s3.ListObjectsV2Paginator, prefix string) (*s3.ListObjectsV2Output, error) {
 	page, err := inTime(ctx, pages.NextPage)
+	if err == nil && page.Name == nil && page.IsTruncated == nil {
+		err = errNotS3 // the SDK reads anything as an empty listing
+	}
 	return page, s.wrap("list", prefix, err)
 }
 
@@ -1434,7 +1438,10 @@ func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, sum str
 			return err
 		}
 		input.IfNoneMatch, input.Body = condition, body
-		_, err := s.client.PutObject(ctx, input, options...)
+		out, err := s.client.PutObject(ctx, input, options...)
+		if err == nil && out.ETag == nil {
+			err = errNotS3
+		}
 		return s.wrap("put", key, err)
 	})
 }

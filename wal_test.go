@@ -722,7 +722,7 @@ func TestRestoreDamagedNextToPartial(t *testing.T) {
 }
 
 // What the listing has and the store then denies is trouble, not the end of the archive;
-// nor is a 404 that is no answer of an S3 server.
+// nor is a 404 that is no answer of an S3 server, or a page that somebody else answers with.
 func TestRestoreDoubtsNotFound(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
 	mustArchive(t, openTestStore(t, storeFile(t, server, bucket)), writeWAL(t, seg5, segment(seg5, mib, 7, 1)))
@@ -742,6 +742,16 @@ func TestRestoreDoubtsNotFound(t *testing.T) {
 		if mustSay(t, err, nil, "404", "check endpointURL"); errors.Is(err, errNotFound) {
 			t.Errorf("404 %q is the end of the archive: %v", body, err)
 		}
+	}
+	for _, body := range []string{"", "OK", "<html><body>back soon</body></html>"} {
+		gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, body) }))
+		defer gateway.Close()
+		s := openTestStore(t, storeFileAt(t, server, gateway.URL, "s3://"+bucket))
+		_, err := fetch(t, s, seg5)
+		if mustSay(t, err, errNotS3, "list s3://", "check endpointURL"); errors.Is(err, errNotFound) {
+			t.Errorf("200 %q is the end of the archive: %v", body, err)
+		}
+		mustSay(t, archiveWAL(t.Context(), s, writeWAL(t, seg5+".partial", segment(seg5, mib, 7, 1))), errNotS3, "put s3://", "check endpointURL")
 	}
 }
 
