@@ -857,7 +857,8 @@ func (a *archiver) drain(ctx context.Context) {
 		return
 	}
 	for i, name := range names {
-		if err := archiveWAL(ctx, s, filepath.Join(pgWAL, name)); err != nil {
+		// After a crash a mark may stand for a segment that is gone (pgarch.c): PostgreSQL passes it over too.
+		if err := archiveWAL(ctx, s, filepath.Join(pgWAL, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			slog.Error("WAL files stay behind in pg_wal; they are archived when the instance is back", "files", len(names)-i, "first", name, "error", err)
 			return
 		}

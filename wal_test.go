@@ -1372,6 +1372,10 @@ func TestArchiveDrain(t *testing.T) {
 	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, 1, mib)), true); err != nil {
 		t.Fatal(err)
 	}
+	orphan := filepath.Join(pgWAL, "archive_status", segmentName(1, 0, mib)+".ready")
+	if err := os.WriteFile(orphan, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	a.drain(t.Context())
 	for name, content := range contents {
 		mustFetch(t, s, name, content)
