@@ -1487,19 +1487,18 @@ type objectWriter struct {
 
 func (w *objectWriter) Write(p []byte) (int, error) {
 	for done := 0; done < len(p); {
-		if err := context.Cause(w.ctx); err != nil {
-			return done, err
-		}
 		// A part is sent only when more bytes come, so that an object of exactly one
 		// part still goes in one request.
-		if w.part.size == w.o.PartSize {
-			if err := w.flush(); err != nil {
-				w.cancel(err) // lest a Close in spite of it store half of the object
-				return done, err
-			}
+		err := context.Cause(w.ctx)
+		if err == nil && w.part.size == w.o.PartSize {
+			err = w.flush()
 		}
 		n := min(len(p)-done, w.o.PartSize-w.part.size)
-		if err := w.part.write(w.ctx, p[done:done+n]); err != nil {
+		if err == nil {
+			err = w.part.write(w.ctx, p[done:done+n])
+		}
+		if err != nil {
+			w.cancel(err) // lest a Close in spite of it store half of the object
 			return done, err
 		}
 		done += n
@@ -1519,6 +1518,9 @@ func (w *objectWriter) flush() error {
 		defer cancel()
 		defer context.AfterFunc(w.ctx, func() { time.AfterFunc(cleanupTimeout, cancel) })()
 		out, err := w.store.client.CreateMultipartUpload(ctx, input)
+		if err == nil && aws.ToString(out.UploadId) == "" {
+			err = errNotS3
+		}
 		if err != nil {
 			return w.store.wrap("create multipart upload", w.key, err)
 		}
@@ -1601,8 +1603,11 @@ func (w *objectWriter) Close() (err error) {
 		return err
 	}
 	err = w.store.conditionally(w.o.IfAbsent, func(condition *string) error {
-		_, err := w.store.client.CompleteMultipartUpload(w.ctx, &s3.CompleteMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key,
+		out, err := w.store.client.CompleteMultipartUpload(w.ctx, &s3.CompleteMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key,
 			UploadId: w.uploadID, IfNoneMatch: condition, MultipartUpload: &s3types.CompletedMultipartUpload{Parts: w.parts}})
+		if err == nil && out.ETag == nil {
+			err = errNotS3
+		}
 		return w.store.wrap("complete multipart upload of", w.key, err)
 	})
 	if errors.Is(err, errNotFound) {

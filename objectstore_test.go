@@ -13,6 +13,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -567,6 +569,34 @@ func TestWriterFailedBefore(t *testing.T) {
 	}
 	if keys := s.keys(t, bucket, ""); len(keys) > 0 {
 		t.Errorf("half of it was stored as %q", keys)
+	}
+}
+
+// A page that a gateway answers with 200 is neither a part of an upload nor its end.
+func TestWriterBehindAGateway(t *testing.T) {
+	s := testS3(t)
+	upstream, err := url.Parse(s.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, query := range map[string]string{"begin": "uploads", "end": "uploadId"} {
+		gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPost && r.URL.Query().Has(query) {
+				io.WriteString(w, "back soon")
+				return
+			}
+			httputil.NewSingleHostReverseProxy(upstream).ServeHTTP(w, r)
+		}))
+		defer gateway.Close()
+		bucket := s.newBucket(t)
+		w := testStoreAt(t, s, gateway.URL, bucket, "main").NewWriter(t.Context(), "key", putOptions{PartSize: minPartSize})
+		w.Write(random(t, 2*minPartSize))
+		if err := w.Close(); !errors.Is(err, errNotS3) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if left := append(s.keys(t, bucket, ""), s.uploads(t, bucket)...); len(left) > 0 {
+			t.Errorf("%s: left %q", name, left)
+		}
 	}
 }
 

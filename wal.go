@@ -1159,6 +1159,7 @@ type prefetcher struct {
 	ahead   bool     // a prefetch found that, not a request
 	since   time.Time
 	idle    *time.Timer
+	begun   int // prefetches, each of which has a file of its own
 }
 
 // prefetched is a segment in the spool, or on its way there.
@@ -1292,7 +1293,8 @@ func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64)
 			continue
 		}
 		ctx, cancel := context.WithCancel(p.life)
-		e := &prefetched{path: filepath.Join(p.spool, next.name), cancel: cancel, done: make(chan struct{})}
+		p.begun++
+		e := &prefetched{path: filepath.Join(p.spool, fmt.Sprintf("%s.%d", next.name, p.begun)), cancel: cancel, done: make(chan struct{})}
 		p.entries[next] = e
 		p.workers.Go(func() {
 			defer close(e.done)

@@ -1433,8 +1433,9 @@ func (c *restoreClient) spooled() []string {
 	}
 	var names []string
 	for _, e := range entries {
-		if w, err := parseWALName(e.Name()); err == nil && w.Kind == walSegment {
-			names = append(names, e.Name())
+		name, _, _ := strings.Cut(e.Name(), ".")
+		if w, err := parseWALName(name); err == nil && w.Kind == walSegment {
+			names = append(names, name)
 		}
 	}
 	return names
