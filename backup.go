@@ -35,6 +35,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/cloudnative-pg/cnpg-i/pkg/backup"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -435,7 +436,7 @@ func (b *baseBackup) checkArchives(ctx context.Context) error {
 // session is the connection that holds backup mode: when it ends, so does the backup
 // (non-exclusive backups, PostgreSQL manual). Not safe for concurrent use.
 type session struct {
-	conn *pgconn.PgConn
+	conn *pgx.Conn
 
 	major, catalog     int // version, and that of the catalog
 	inRecovery         bool
@@ -447,7 +448,7 @@ type session struct {
 }
 
 func openSession(ctx context.Context, connection string) (*session, error) {
-	config, err := pgconn.ParseConfig(connection)
+	config, err := pgx.ParseConfig(connection)
 	if err != nil {
 		return nil, fmt.Errorf("connection to %w: %w", errServer, err)
 	}
@@ -460,56 +461,27 @@ func openSession(ctx context.Context, connection string) (*session, error) {
 	config.RuntimeParams["application_name"] = "barman_cloud_backup" // the original's, known to monitoring
 	config.RuntimeParams["client_encoding"] = "UTF8"
 	config.ConnectTimeout = cmp.Or(config.ConnectTimeout, dialTimeout)
-	conn, err := pgconn.ConnectConfig(ctx, config)
+	config.DefaultQueryExecMode = pgx.QueryExecModeDescribeExec // each statement runs once
+	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("connection to %w (PGHOST %s, PGPORT %d, user %s): %w", errServer, config.Host, config.Port, config.User, err)
 	}
 	return &session{conn: conn}, nil
 }
 
-// query runs one or more SQL statements and returns the rows of the last. When ctx ends,
-// the running statement is cancelled and the session closed.
-func (s *session) query(ctx context.Context, sql string) ([][]string, error) {
-	results, err := s.conn.Exec(ctx, sql).ReadAll()
-	var refused *pgconn.PgError
-	if errors.As(err, &refused) {
-		return nil, fmt.Errorf("%w: %w", errRefused, err)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errServer, err)
-	}
-	var rows [][]string
-	for _, row := range results[len(results)-1].Rows {
-		texts := make([]string, len(row))
-		for i, value := range row {
-			texts[i] = string(value) // NULL becomes ""
-		}
-		rows = append(rows, texts)
-	}
-	return rows, nil
+// row reads the one row that a query returns. When ctx ends, the running statement is
+// cancelled and the session closed.
+func (s *session) row(ctx context.Context, sql string, values ...any) error {
+	return answered(s.conn.QueryRow(ctx, sql).Scan(values...))
 }
 
-// row reads the values of the first row that a query returns.
-func (s *session) row(ctx context.Context, sql string, values ...any) error {
-	rows, err := s.query(ctx, sql)
-	if err != nil {
-		return err
+// answered tells what the server refuses from a failure to ask it.
+func answered(err error) error {
+	if _, refused := errors.AsType[*pgconn.PgError](err); refused {
+		return fmt.Errorf("%w: %w", errRefused, err)
 	}
-	for i, text := range rows[0] {
-		switch value := values[i].(type) {
-		case *string:
-			*value = text
-		case *bool:
-			*value = text == "t" || text == "on"
-		case *time.Time:
-			if *value, err = time.Parse(time.RFC3339Nano, text); err != nil {
-				return err
-			}
-		default:
-			if _, err := fmt.Sscan(text, value); err != nil {
-				return fmt.Errorf("%w: %q where a number is expected: %w", errServer, text, err)
-			}
-		}
+	if err != nil {
+		return fmt.Errorf("%w: %w", errServer, err)
 	}
 	return nil
 }
@@ -520,7 +492,7 @@ func (s *session) close() {
 	defer cancel()
 	s.conn.Close(ctx) // all that can fail is the farewell
 	select {
-	case <-s.conn.CleanupDone(): // after a cancelled statement: the server has heard of it
+	case <-s.conn.PgConn().CleanupDone(): // after a cancelled statement: the server has heard of it
 	case <-ctx.Done():
 	}
 }
@@ -528,23 +500,26 @@ func (s *session) close() {
 // inspect reads what a backup needs to know of the server, and returns what backup.info says of it.
 func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
 	setup := "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
-	if v, err := strconv.Atoi(strings.SplitN(s.conn.ParameterStatus("server_version"), ".", 2)[0]); err == nil && v >= 14 {
+	if v, err := strconv.Atoi(strings.SplitN(s.conn.PgConn().ParameterStatus("server_version"), ".", 2)[0]); err == nil && v >= 14 {
 		setup += "SET idle_session_timeout = 0;" // the session is idle while files are copied
+	}
+	if _, err := s.conn.Exec(ctx, setup); err != nil {
+		return nil, answered(err)
 	}
 	info := &BackupInfo{ServerName: "cloud"}
 	var archiveMode string
 	var seconds float64
-	err := s.row(ctx, setup+`
-		SELECT current_setting('server_version_num'), current_setting('data_directory'),
+	err := s.row(ctx, `
+		SELECT current_setting('server_version_num')::int, current_setting('data_directory'),
 			current_setting('config_file'), current_setting('hba_file'), current_setting('ident_file'),
 			pg_is_in_recovery(), current_setting('archive_mode'),
-			(SELECT setting FROM pg_settings WHERE name = 'wal_segment_size'),
-			system_identifier, catalog_version_no, (SELECT timeline_id FROM pg_control_checkpoint()),
-			(SELECT sum(pg_tablespace_size(oid)) FROM pg_tablespace),
+			(SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'),
+			system_identifier::text, catalog_version_no, (SELECT timeline_id FROM pg_control_checkpoint()),
+			(SELECT sum(pg_tablespace_size(oid))::bigint FROM pg_tablespace),
 			(SELECT setting::float8 FROM pg_settings WHERE name = 'checkpoint_timeout')
 				* current_setting('checkpoint_completion_target')::float8,
-			current_setting('data_checksums'), current_setting('block_size'),
-			(SELECT setting FROM pg_settings WHERE name = 'segment_size')
+			current_setting('data_checksums')::bool, current_setting('block_size')::bigint,
+			(SELECT setting::bigint FROM pg_settings WHERE name = 'segment_size')
 		FROM pg_control_system()`,
 		&info.Version, &info.PGData, &info.ConfigFile, &info.HBAFile, &info.IdentFile, &s.inRecovery, &archiveMode, &info.WALSegmentSize,
 		&info.SystemID, &s.catalog, &info.Timeline, &s.size, &seconds, &s.checksums, &s.blockSize, &s.blocksPerFile)
@@ -559,12 +534,10 @@ func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
 	if !s.inRecovery && archiveMode == "off" {
 		return nil, fmt.Errorf("%w: archive_mode is off, and without its WAL no backup can be restored: set archive_mode and archive_command", errSetup)
 	}
-	rows, err := s.query(ctx, `SELECT DISTINCT sourcefile FROM pg_settings
-		WHERE sourcefile IS NOT NULL AND sourcefile <> current_setting('config_file') ORDER BY 1`)
-	for _, row := range rows {
-		info.IncludedFiles = append(info.IncludedFiles, row[0])
-	}
-	return info, err
+	rows, _ := s.conn.Query(ctx, `SELECT DISTINCT sourcefile FROM pg_settings
+		WHERE sourcefile IS NOT NULL AND sourcefile <> current_setting('config_file') ORDER BY 1`) // CollectRows has the error, too
+	info.IncludedFiles, err = pgx.CollectRows(rows, pgx.RowTo[string])
+	return info, answered(err)
 }
 
 // startBackup enters backup mode and sets the begin of the backup and the tablespaces in info.
@@ -573,30 +546,21 @@ func (s *session) startBackup(ctx context.Context, info *BackupInfo, immediate b
 	if s.major < 15 {
 		function = "pg_start_backup('%s', %t, false)" // the last argument: not exclusive
 	}
-	start := fmt.Sprintf("SELECT to_char(now() AT TIME ZONE 'UTC', '%s'), "+function, sqlTime, "Barman backup cloud "+info.ID, immediate)
+	start := fmt.Sprintf("SELECT now(), ("+function+")::text", "Barman backup cloud "+info.ID, immediate)
 	if err := s.row(ctx, start, &info.BeginTime, &info.BeginLSN); err != nil {
 		return fmt.Errorf("start the backup: %w", err)
 	}
 	// Only now: the WAL of the backup makes tablespaces that come later, but not one that
 	// came while the checkpoint was being waited for. One with a relative location
 	// (allow_in_place_tablespaces) is an ordinary directory below pg_tblspc.
-	rows, err := s.query(ctx, `SELECT spcname, oid, pg_tablespace_location(oid) FROM pg_tablespace
+	rows, _ := s.conn.Query(ctx, `SELECT spcname, oid, pg_tablespace_location(oid) FROM pg_tablespace
 		WHERE pg_tablespace_location(oid) LIKE '/%' ORDER BY spcname`)
-	if err != nil {
-		return fmt.Errorf("list the tablespaces: %w", err)
-	}
-	for _, row := range rows {
-		oid, err := strconv.ParseUint(row[1], 10, 32)
-		if err != nil {
-			return fmt.Errorf("list the tablespaces: %w", err)
-		}
-		info.Tablespaces = append(info.Tablespaces, Tablespace{Name: row[0], OID: uint32(oid), Location: row[2]})
+	var err error
+	if info.Tablespaces, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Tablespace]); err != nil {
+		return fmt.Errorf("list the tablespaces: %w", answered(err))
 	}
 	return nil
 }
-
-// sqlTime is the to_char format of RFC 3339 with microseconds, in UTC.
-const sqlTime = `YYYY-MM-DD"T"HH24:MI:SS.US"Z"`
 
 // stopBackup leaves backup mode without waiting for the archiver, sets the end and the
 // label in info, and returns the timeline of the end, which is 0 on a primary: there it is
@@ -608,7 +572,7 @@ func (s *session) stopBackup(ctx context.Context, info *BackupInfo) (timeline ui
 	}
 	// The time is taken after the function has run, so that a recovery to any later time
 	// is past the end of the backup.
-	stop := fmt.Sprintf(`SELECT lsn, labelfile, to_char(clock_timestamp() AT TIME ZONE 'UTC', '%s') FROM %s`, sqlTime, function)
+	stop := "SELECT lsn::text, labelfile, clock_timestamp() FROM " + function
 	err = s.row(ctx, stop, &info.EndLSN, &info.BackupLabel, &info.EndTime)
 	if err == nil && s.inRecovery {
 		// On a standby the end is the minimum recovery point of pg_control, which may be
@@ -794,7 +758,7 @@ func (b *baseBackup) archiver(ctx context.Context) (last, state string) {
 		return "", "see why the primary does not archive it (its log, its pg_stat_archiver, and the log of container plugin-barman-cloud in its Pod)"
 	}
 	var failed string
-	err := b.session.row(ctx, "SELECT last_archived_wal, coalesce(last_failed_wal, 'nothing') FROM pg_stat_archiver", &last, &failed)
+	err := b.session.row(ctx, "SELECT coalesce(last_archived_wal, ''), coalesce(last_failed_wal, 'nothing') FROM pg_stat_archiver", &last, &failed)
 	if err != nil {
 		return "", "see why it is not archived (log of the server): " + err.Error()
 	}
@@ -1045,8 +1009,8 @@ func (b *baseBackup) copyFiles(ctx context.Context) (last *archive, err error) {
 	b.read.total.Store(b.session.size)
 	// A server that stops ends the backup: better to know now than after hours of copying.
 	defer every(b.o.ReportEvery, func() {
-		if _, err := b.session.query(ctx, "SELECT 1"); err != nil {
-			b.fail(fmt.Errorf("the server has ended the session that held the backup: %w", err))
+		if err := b.session.conn.Ping(ctx); err != nil {
+			b.fail(fmt.Errorf("the server has ended the session that held the backup: %w", answered(err)))
 		}
 	})()
 	for _, t := range trees {
