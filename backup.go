@@ -107,7 +107,7 @@ var (
 // in the bucket (or, on a standby, the last one in the backup itself), and backup.info
 // says DONE. After an error, or when ctx ends, nothing remains but a backup.info that says
 // FAILED; if the process is killed not even that, and every reader ignores what is left.
-func takeBackup(ctx context.Context, s *Store, o backupOptions) (_ *BackupInfo, err error) {
+func takeBackup(ctx context.Context, s *Store, o backupOptions) (*BackupInfo, error) {
 	o.WALTimeout = cmp.Or(o.WALTimeout, defaultWALTimeout)
 	o.StandbyPatience = cmp.Or(o.StandbyPatience, defaultStandbyPatience)
 	o.ReportEvery = cmp.Or(o.ReportEvery, defaultReportEvery)
@@ -118,27 +118,15 @@ func takeBackup(ctx context.Context, s *Store, o backupOptions) (_ *BackupInfo, 
 		return nil, fmt.Errorf("back up: %w", err)
 	}
 	defer session.close()
-	info, err := session.inspect(ctx)
+	b, err := newBaseBackup(ctx, s, o, session)
 	if err != nil {
 		return nil, fmt.Errorf("back up: %w", err)
 	}
-	b, err := newBaseBackup(s, o, session, info)
-	if err != nil {
-		return nil, fmt.Errorf("back up: %w", err)
-	}
-	id, err := nextBackupID(ctx, s)
-	if err != nil {
-		return nil, fmt.Errorf("back up: choose a backup id: %w", err)
-	}
-	info.ID, info.BackupName = id, o.Name
 	// Whatever fails ends everything else, and the first failure is the one reported.
 	ctx, b.fail = context.WithCancelCause(ctx)
 	defer b.fail(nil)
 	if err := b.run(ctx); err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = cause
-		}
-		err = fmt.Errorf("backup %s: %w", id, err)
+		err = fmt.Errorf("backup %s: %w", b.info.ID, cmp.Or(context.Cause(ctx), err))
 		b.fail(err)
 		session.close()
 		b.undo(ctx, err)
@@ -189,8 +177,9 @@ func nextBackupID(ctx context.Context, s *Store) (string, error) {
 
 // release gives the reservation of the id up; backup.info has taken its place.
 func (b *baseBackup) release(ctx context.Context) {
-	if err := b.store.Delete(ctx, b.store.baseKey(b.info.ID, reservedName)); err != nil {
-		slog.Warn("An object that has no use any more stays in the bucket", "object", b.store.URL(b.store.baseKey(b.info.ID, reservedName)), "error", err)
+	key := b.store.baseKey(b.info.ID, reservedName)
+	if err := b.store.Delete(ctx, key); err != nil {
+		slog.Warn("An object that has no use any more stays in the bucket", "object", b.store.URL(key), "error", err)
 	}
 }
 
@@ -205,6 +194,7 @@ type baseBackup struct {
 	codec   *codec
 	limiter *rate.Limiter
 	fail    context.CancelCauseFunc
+	log     *slog.Logger
 
 	began time.Time
 	read  *progress // of the files
@@ -213,17 +203,22 @@ type baseBackup struct {
 	manifest  manifest
 	walRanges []walRange
 
-	start LSN // pages that are newer were written during the backup, and its WAL makes them good
+	start    LSN      // pages that are newer were written during the backup, and its WAL makes them good
+	required []string // the WAL files that the backup needs, oldest first
+	last     *archive // the data archive of the highest number, open for what comes last
 
 	mu       sync.Mutex
 	archives []*archive
 }
 
-func newBaseBackup(s *Store, o backupOptions, session *session, info *BackupInfo) (*baseBackup, error) {
-	conf := s.Config.Configuration.Data
+// newBaseBackup finds out what there is to back up, and reserves an id for the backup.
+func newBaseBackup(ctx context.Context, s *Store, o backupOptions, session *session) (*baseBackup, error) {
+	info, err := session.inspect(ctx)
+	if err != nil {
+		return nil, err
+	}
 	b := &baseBackup{store: s, o: o, session: session, info: info, began: time.Now(), jobs: s.jobs()}
-	var err error
-	if b.codec, err = codecByName(conf.Compression); err != nil {
+	if b.codec, err = codecByName(s.Config.Configuration.Data.Compression); err != nil {
 		return nil, err
 	}
 	if bandwidth := s.data.MaxBandwidth; bandwidth > 0 {
@@ -233,6 +228,10 @@ func newBaseBackup(s *Store, o backupOptions, session *session, info *BackupInfo
 	if b.pgdata, err = filepath.EvalSymlinks(cmp.Or(o.PGData, info.PGData)); err != nil {
 		return nil, fmt.Errorf("the data directory of the server is not visible to this process: %w", err)
 	}
+	if info.ID, err = nextBackupID(ctx, s); err != nil {
+		return nil, fmt.Errorf("choose a backup id: %w", err)
+	}
+	info.BackupName, b.log = o.Name, slog.With("backupID", info.ID)
 	return b, nil
 }
 
@@ -241,91 +240,36 @@ func newBaseBackup(s *Store, o backupOptions, session *session, info *BackupInfo
 // standby's recovery is complete at the point that pg_control names (do_pg_backup_stop
 // in xlog.c), and before the stop, so that the stop is not before that point.
 func (b *baseBackup) run(ctx context.Context) error {
-	log := slog.With("backupID", b.info.ID)
-	log.Info("Starting backup", "backupName", b.info.BackupName, "destination", b.store.URL(b.store.baseKey(b.info.ID, "")),
+	b.log.Info("Starting backup", "backupName", b.info.BackupName, "destination", b.store.URL(b.store.baseKey(b.info.ID, "")),
 		"standby", b.session.inRecovery, "bytes", b.session.size, "jobs", b.jobs, "compression", cmp.Or(b.codec.name, "none"))
 	for _, f := range b.info.IncludedFiles {
 		if _, inside := below(b.info.PGData, f); !inside {
-			log.Warn("A configuration file outside the data directory, included from another one, is not in the backup: keep a copy", "path", f)
+			b.log.Warn("A configuration file outside the data directory, included from another one, is not in the backup: keep a copy", "path", f)
 		}
 	}
-	if err := b.begin(ctx, log); err != nil {
-		return err
-	}
-	last, err := b.copyFiles(ctx)
-	if err != nil {
-		return err
-	}
-	if n := b.info.BadPageCount; n > 0 {
-		log.Warn("The server has damaged pages, and the backup stores them as they are: find their relations with pg_filenode_relation, "+
-			"and restore from an earlier backup what is lost", "badPages", n)
-	}
-	if err := b.addControlFile(ctx, last); err != nil {
-		return err
-	}
-	required, err := b.stop(ctx)
-	if err != nil {
-		return err
-	}
-	if b.info.WALInBackup, err = b.waitForWAL(ctx, log, required); err != nil {
-		return err
-	}
-	if err := b.checkOwner(ctx, required); err != nil {
-		return err
-	}
-	if err := b.copyWAL(ctx, required); err != nil {
-		return err
-	}
-	for _, name := range b.info.WALInBackup {
-		log.Info("Storing the standby's own copy of the last WAL segment in the backup, since the primary has not archived it: "+
-			"an idle primary does not switch to the next segment", "walFile", name)
-		if err := b.addFile(ctx, last, "pg_wal/"+name, filepath.Join(b.pgdata, "pg_wal", name), make([]byte, copyBufferSize)); err != nil {
+	for _, step := range []func(context.Context) error{
+		b.begin, b.copyFiles, b.stop,
+		b.waitForWAL, b.checkOwner, b.copyWAL,
+		b.seal, b.checkArchives, b.commit,
+	} {
+		if err := step(ctx); err != nil {
 			return err
 		}
 	}
-	label := []byte(b.info.BackupLabel)
-	header := tar.Header{Name: "backup_label", Mode: 0o600, Uid: os.Getuid(), Gid: os.Getgid(), ModTime: b.info.EndTime}
-	if err := b.manifest.add(header.Name, int64(len(label)), header.ModTime, crc32.Checksum(label, castagnoli)); err != nil {
-		return err
-	}
-	if err := b.addManifest(last); err != nil {
-		return err
-	}
-	if err := last.add(header, label); err != nil {
-		return err
-	}
-	if err := last.close(); err != nil {
-		return err
-	}
-	if err := b.checkArchives(ctx); err != nil {
-		return err
-	}
-	b.info.Status = statusDone
-	b.info.CopyStats = fmt.Sprintf("{'total_time': %.6f, 'number_of_workers': %d, 'copy_time_per_item': {%s}}", // as Barman's
-		time.Since(b.began).Seconds(), b.jobs, strings.Join(b.took, ", "))
-	b.info.bytes, b.info.place = b.read.done.Load(), b.store.place()
-	// No cancellation any more: the server may still carry out a request that was given up,
-	// and the DONE would come after the FAILED of undo.
-	commit, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
-	defer cancel()
-	if err := b.store.WriteBackupInfo(commit, b.info); err != nil {
-		return err
-	}
-	b.release(commit)
-	log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.info.bytes,
+	b.log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.info.bytes,
 		"bytesStored", b.info.storedBytes, "archives", len(b.archives), "seconds", time.Since(b.began).Seconds())
 	return nil
 }
 
 // begin brings the server into backup mode, which begins with a checkpoint.
-func (b *baseBackup) begin(ctx context.Context, log *slog.Logger) error {
+func (b *baseBackup) begin(ctx context.Context) error {
 	began := time.Now()
 	quiet := every(b.o.ReportEvery, func() {
 		if b.o.FastCheckpoint {
-			log.Info("Waiting for the checkpoint that a backup starts with", "waited", time.Since(began).Round(time.Second).String())
+			b.log.Info("Waiting for the checkpoint that a backup starts with", "waited", time.Since(began).Round(time.Second).String())
 			return
 		}
-		log.Info("Waiting for the checkpoint that a backup starts with, which the server spreads over time; "+
+		b.log.Info("Waiting for the checkpoint that a backup starts with, which the server spreads over time; "+
 			"set data.immediateCheckpoint: true in the ObjectStore to start at once",
 			"waited", time.Since(began).Round(time.Second).String(), "mayTake", b.session.checkpointDuration.String())
 	})
@@ -337,29 +281,29 @@ func (b *baseBackup) begin(ctx context.Context, log *slog.Logger) error {
 	return err
 }
 
-// stop ends backup mode and works out what WAL the backup needs, oldest first.
-func (b *baseBackup) stop(ctx context.Context) (required []string, err error) {
+// stop ends backup mode and works out what WAL the backup needs.
+func (b *baseBackup) stop(ctx context.Context) error {
 	endTimeline, err := b.session.stopBackup(ctx, b.info)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	end, err := parseLSN(b.info.EndLSN)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	// The label holds the timeline of the checkpoint that recovery starts from.
 	if m := regexp.MustCompile(`(?m)^START TIMELINE: (\d+)$`).FindStringSubmatch(b.info.BackupLabel); m != nil {
 		if b.info.Timeline, err = strconv.Atoi(m[1]); err != nil {
-			return nil, fmt.Errorf("backup label: %w", err)
+			return fmt.Errorf("backup label: %w", err)
 		}
 	}
 	timeline := uint32(b.info.Timeline)
 	var history []timelineSwitch
 	if endTimeline = cmp.Or(endTimeline, timeline); endTimeline != timeline {
 		if history, err = b.timelineHistory(ctx, endTimeline); err != nil {
-			return nil, err
+			return err
 		}
-		required = append(required, fmt.Sprintf("%08X.history", endTimeline))
+		b.required = append(b.required, fmt.Sprintf("%08X.history", endTimeline))
 	}
 	size := b.info.WALSegmentSize
 	from := b.start
@@ -375,7 +319,48 @@ func (b *baseBackup) stop(ctx context.Context) (required []string, err error) {
 	b.info.BeginOffset = int64(uint64(b.start) % uint64(size))
 	b.info.EndWAL = segments[len(segments)-1]
 	b.info.EndOffset = int64(uint64(end) % uint64(size))
-	return append(required, segments...), nil
+	b.required = append(b.required, segments...)
+	return nil
+}
+
+// seal adds what is not copied from the server as it is now, and closes the last archive.
+func (b *baseBackup) seal(ctx context.Context) error {
+	for _, name := range b.info.WALInBackup {
+		b.log.Info("Storing the standby's own copy of the last WAL segment in the backup, since the primary has not archived it: "+
+			"an idle primary does not switch to the next segment", "walFile", name)
+		if err := b.addFile(ctx, b.last, "pg_wal/"+name, filepath.Join(b.pgdata, "pg_wal", name), make([]byte, copyBufferSize)); err != nil {
+			return err
+		}
+	}
+	label := []byte(b.info.BackupLabel)
+	header := tar.Header{Name: "backup_label", Mode: 0o600, Uid: os.Getuid(), Gid: os.Getgid(), ModTime: b.info.EndTime}
+	if err := b.manifest.add(header.Name, int64(len(label)), header.ModTime, crc32.Checksum(label, castagnoli)); err != nil {
+		return err
+	}
+	if err := b.addManifest(b.last); err != nil {
+		return err
+	}
+	if err := b.last.add(header, label); err != nil {
+		return err
+	}
+	return b.last.close()
+}
+
+// commit says that the backup is DONE.
+func (b *baseBackup) commit(ctx context.Context) error {
+	b.info.Status = statusDone
+	b.info.CopyStats = fmt.Sprintf("{'total_time': %.6f, 'number_of_workers': %d, 'copy_time_per_item': {%s}}", // as Barman's
+		time.Since(b.began).Seconds(), b.jobs, strings.Join(b.took, ", "))
+	b.info.bytes, b.info.place = b.read.done.Load(), b.store.place()
+	// No cancellation any more: the server may still carry out a request that was given up,
+	// and the DONE would come after the FAILED of undo.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
+	defer cancel()
+	if err := b.store.WriteBackupInfo(ctx, b.info); err != nil {
+		return err
+	}
+	b.release(ctx)
+	return nil
 }
 
 // undo removes what a failed backup has stored and leaves a backup.info that says why it
@@ -635,9 +620,9 @@ func (b *baseBackup) archive() *Store { return cmp.Or(b.o.Archive, b.store) }
 
 // checkOwner reads the first and the last of the files as a restore would: another cluster's
 // have the same names, and where those are in the way, our own are not archived.
-func (b *baseBackup) checkOwner(ctx context.Context, names []string) error {
+func (b *baseBackup) checkOwner(ctx context.Context) error {
 	systemID, err := strconv.ParseUint(b.info.SystemID, 10, 64)
-	for _, name := range []string{names[0], names[len(names)-1]} {
+	for _, name := range []string{b.required[0], b.required[len(b.required)-1]} {
 		w, _ := parseWALName(name) // made here
 		objects, listErr := walObjects(ctx, b.archive(), name, false)
 		err = cmp.Or(err, listErr)
@@ -649,7 +634,7 @@ func (b *baseBackup) checkOwner(ctx context.Context, names []string) error {
 }
 
 // copyWAL gives a backup that lies elsewhere than the archive the WAL without which it cannot be restored.
-func (b *baseBackup) copyWAL(ctx context.Context, names []string) error {
+func (b *baseBackup) copyWAL(ctx context.Context) error {
 	if b.o.Archive == nil {
 		return nil
 	}
@@ -658,7 +643,7 @@ func (b *baseBackup) copyWAL(ctx context.Context, names []string) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	for _, name := range names {
+	for _, name := range b.required {
 		w, err := parseWALName(name)
 		if err != nil || slices.Contains(b.info.WALInBackup, name) {
 			continue
@@ -678,19 +663,20 @@ func (b *baseBackup) copyWAL(ctx context.Context, names []string) error {
 }
 
 // waitForWAL waits until the archive has the files. On a standby whose archive lacks the
-// last segment only, it gives up waiting for that one after StandbyPatience and returns
-// its name, if the standby has it: the standby has received at least the part of it that
+// last segment only, it gives up waiting for that one after StandbyPatience and leaves it to
+// seal, if the standby has it: the standby has received at least the part of it that
 // the backup needs, and nothing but activity makes the primary archive it.
-func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []string) (own []string, err error) {
+func (b *baseBackup) waitForWAL(ctx context.Context) error {
 	began, reported, moved := time.Now(), time.Now(), time.Now()
+	names := b.required
 	first, last, archived := names[0], names[len(names)-1], ""
 	for {
 		left, err := b.missingWAL(ctx, names)
 		switch {
 		case errors.Is(err, errTransient) && time.Since(moved) < b.o.WALTimeout:
-			log.Warn("Cannot see which WAL is in the archive, trying again", "error", err)
+			b.log.Warn("Cannot see which WAL is in the archive, trying again", "error", err)
 		case err != nil:
-			return nil, err
+			return err
 		default:
 			// An archiver with a backlog comes to the WAL of the backup late, but it comes;
 			// one that is past it already archives to another place.
@@ -700,25 +686,26 @@ func (b *baseBackup) waitForWAL(ctx context.Context, log *slog.Logger, names []s
 			names = left
 		}
 		if len(names) == 0 {
-			return nil, nil
+			return nil
 		}
 		waited := time.Since(began)
 		if b.session.inRecovery && names[0] == last && waited >= b.o.StandbyPatience && fileExists(filepath.Join(b.pgdata, "pg_wal", last)) {
-			return names, nil
+			b.info.WALInBackup = names
+			return nil
 		}
 		if time.Since(moved) >= b.o.WALTimeout {
 			_, state := b.archiver(ctx)
-			return nil, fmt.Errorf("%w: %s (the first of %d missing files; the backup needs %s to %s) is not in %s after %s: %s",
+			return fmt.Errorf("%w: %s (the first of %d missing files; the backup needs %s to %s) is not in %s after %s: %s",
 				errWALMissing, names[0], len(names), first, last, b.archive().URL(b.archive().key("wals/")), waited.Round(time.Second), state)
 		}
 		if time.Since(reported) >= b.o.ReportEvery {
 			reported = time.Now()
-			log.Info("Waiting for the WAL of the backup to be archived", "walFile", names[0], "missing", len(names),
+			b.log.Info("Waiting for the WAL of the backup to be archived", "walFile", names[0], "missing", len(names),
 				"waited", waited.Round(time.Second).String(), "limit", b.o.WALTimeout.String())
 		}
 		// the archiver mostly needs no more than a moment
 		if err := sleep(ctx, min(walPollInterval, walPollInterval/20+waited/2)); err != nil {
-			return nil, err
+			return err
 		}
 	}
 }
@@ -997,12 +984,11 @@ func below(dir, path string) (name string, ok bool) {
 	return name, err == nil && dir != "" && filepath.IsLocal(name)
 }
 
-// copyFiles stores all trees and returns the data archive of the highest number, which is
-// still open for what comes last.
-func (b *baseBackup) copyFiles(ctx context.Context) (last *archive, err error) {
+// copyFiles stores all trees, and leaves the last archive open for what comes last.
+func (b *baseBackup) copyFiles(ctx context.Context) error {
 	trees, err := b.trees()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	b.read = startProgress("backup")
 	defer b.read.stop()
@@ -1014,13 +1000,13 @@ func (b *baseBackup) copyFiles(ctx context.Context) (last *archive, err error) {
 		}
 	})()
 	for _, t := range trees {
-		if last != nil {
-			if err := last.close(); err != nil {
-				return nil, err
+		if b.last != nil {
+			if err := b.last.close(); err != nil {
+				return err
 			}
 		}
-		if last, err = b.copyTree(ctx, t); err != nil {
-			return nil, err
+		if b.last, err = b.copyTree(ctx, t); err != nil {
+			return err
 		}
 	}
 	buffer := make([]byte, copyBufferSize)
@@ -1031,13 +1017,17 @@ func (b *baseBackup) copyFiles(ctx context.Context) (last *archive, err error) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if err := b.addFile(ctx, last, path.Base(f), real, buffer); err != nil {
-			return nil, err
+		if err := b.addFile(ctx, b.last, path.Base(f), real, buffer); err != nil {
+			return err
 		}
 	}
-	return last, nil
+	if n := b.info.BadPageCount; n > 0 {
+		b.log.Warn("The server has damaged pages, and the backup stores them as they are: find their relations with pg_filenode_relation, "+
+			"and restore from an earlier backup what is lost", "badPages", n)
+	}
+	return b.addControlFile(ctx, b.last)
 }
 
 // copyTree stores a tree: its directories in the first archive, then its files by
