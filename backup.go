@@ -18,6 +18,7 @@ import (
 	"hash/crc32"
 	"io"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"maps"
 	"os"
@@ -759,12 +760,11 @@ func (b *baseBackup) archiver(ctx context.Context) (last, state string) {
 
 // tree is a directory tree that is stored in a series of archives of its own.
 type tree struct {
-	name        string             // of the archives: data, or the OID of a tablespace
-	root        string             // absolute, without symbolic links
-	top         string             // below root, where the tree begins; "." for the data directory
-	skip        map[string]bool    // names below root that are stored elsewhere or last
-	seen        map[[2]uint64]bool // device and inode of the directories that are being looked into
-	directories []tar.Header       // top-down
+	name        string          // of the archives: data, or the OID of a tablespace
+	root        string          // absolute, without symbolic links
+	top         string          // below root, where the tree begins; "." for the data directory
+	skip        map[string]bool // names below root that are stored elsewhere or last
+	directories []tar.Header    // top-down
 }
 
 // Names that never belong into a backup. The lists are PostgreSQL's own
@@ -808,48 +808,48 @@ func (t *tree) unlogged(dir string) (relations map[string]bool, err error) {
 	if !databaseDirectory.MatchString(dir) {
 		return relations, nil
 	}
-	return relations, readDirectory(filepath.Join(t.root, dir), func(e fs.DirEntry) error {
+	for e, err := range readDirectory(filepath.Join(t.root, dir)) {
+		if err != nil {
+			return nil, err
+		}
 		if m := relationFork.FindStringSubmatch(e.Name()); m != nil && m[2] == "_init" {
 			relations[m[1]] = true
 		}
-		return nil
-	})
+	}
+	return relations, nil
 }
 
 // contentsExcluded says whether a directory is stored empty.
 func (t *tree) contentsExcluded(name string) bool { return t.top == "." && emptyDirectories[name] }
 
-// readDirectory calls f for the entries of a directory, in batches: a directory may hold
+// readDirectory returns the entries of a directory, read in batches: a directory may hold
 // a hundred thousand files. One that vanishes is empty.
-func readDirectory(name string, f func(fs.DirEntry) error) error {
-	d, err := os.Open(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	for {
-		entries, err := d.ReadDir(directoryBatch)
-		for _, e := range entries {
-			if err := f(e); err != nil {
-				return err
+func readDirectory(name string) iter.Seq2[fs.DirEntry, error] {
+	return func(yield func(fs.DirEntry, error) bool) {
+		d, err := os.Open(name)
+		if err == nil {
+			defer d.Close()
+		}
+		for err == nil {
+			var entries []fs.DirEntry
+			entries, err = d.ReadDir(directoryBatch)
+			for _, e := range entries {
+				if !yield(e, nil) {
+					return
+				}
 			}
 		}
-		if err == io.EOF || errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil {
-			return err
+		if err != io.EOF && !errors.Is(err, fs.ErrNotExist) {
+			yield(nil, err)
 		}
 	}
 }
 
-// findDirectories fills t.directories. Those that appear later are none of ours: the WAL
-// of the backup makes them again. The data directory itself is "./" with mode 0700,
-// which gives the restored directory the mode that PostgreSQL wants.
-func (t *tree) findDirectories(name string) error {
+// findDirectories adds a directory and what is below it to t.directories; above are those
+// that lead to it. Directories that appear later are none of ours: the WAL of the backup makes
+// them again. The data directory itself is "./" with mode 0700, which gives the restored
+// directory the mode that PostgreSQL wants.
+func (t *tree) findDirectories(name string, above ...fs.FileInfo) error {
 	info, err := os.Stat(filepath.Join(t.root, name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -857,13 +857,8 @@ func (t *tree) findDirectories(name string) error {
 	if err != nil {
 		return err
 	}
-	if s, ok := info.Sys().(*syscall.Stat_t); ok {
-		id := [2]uint64{uint64(s.Dev), s.Ino}
-		if t.seen[id] {
-			return nil // a symbolic link that leads back up
-		}
-		t.seen[id] = true
-		defer delete(t.seen, id)
+	if slices.ContainsFunc(above, func(a fs.FileInfo) bool { return os.SameFile(a, info) }) {
+		return nil // a symbolic link that leads back up
 	}
 	header := headerOf(name+"/", info)
 	header.Typeflag = tar.TypeDir
@@ -875,17 +870,21 @@ func (t *tree) findDirectories(name string) error {
 		return nil
 	}
 	var children []string
-	err = readDirectory(filepath.Join(t.root, name), func(e fs.DirEntry) error {
+	for e, err := range readDirectory(filepath.Join(t.root, name)) {
+		if err != nil {
+			return err
+		}
 		child := path.Join(name, e.Name())
 		if (e.IsDir() || e.Type() == fs.ModeSymlink && t.follows(child)) && !t.excluded(child) {
 			children = append(children, child)
 		}
-		return nil
-	})
-	for i := 0; i < len(children) && err == nil; i++ {
-		err = t.findDirectories(children[i])
 	}
-	return err
+	for _, child := range children {
+		if err := t.findDirectories(child, append(above, info)...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // follows says whether a symbolic link is stored as the directory that it leads to. That
@@ -917,28 +916,27 @@ func (t *tree) findFiles(ctx context.Context, files chan<- string) error {
 		if err != nil {
 			return err
 		}
-		err = readDirectory(filepath.Join(t.root, dir), func(e fs.DirEntry) error {
+		for e, err := range readDirectory(filepath.Join(t.root, dir)) {
+			if err != nil {
+				return err
+			}
 			name := path.Join(dir, e.Name())
 			if !e.Type().IsRegular() && e.Type() != fs.ModeSymlink || t.excluded(name) {
-				return nil // sockets, pipes, directories
+				continue // sockets, pipes, directories
 			}
 			if m := relationFork.FindStringSubmatch(e.Name()); m != nil && unlogged[m[1]] && m[2] != "_init" {
-				return nil
+				continue
 			}
 			if e.Type() == fs.ModeSymlink {
 				if info, err := os.Stat(filepath.Join(t.root, name)); dir == "pg_tblspc" || err == nil && info.IsDir() {
-					return nil // see follows
+					continue // see follows
 				}
 			}
 			select {
 			case files <- name:
-				return nil
 			case <-ctx.Done():
 				return context.Cause(ctx)
 			}
-		})
-		if err != nil {
-			return err
 		}
 	}
 	return nil
@@ -1035,7 +1033,6 @@ func (b *baseBackup) copyFiles(ctx context.Context) error {
 // of the highest number, which it returns.
 func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
 	began := time.Now()
-	t.seen = map[[2]uint64]bool{}
 	if err := t.findDirectories(t.top); err != nil {
 		return nil, err
 	}
@@ -1727,17 +1724,15 @@ func backupPlace(cluster *Cluster, archive StoreRef, parameters map[string]strin
 // recoverability is the end of the oldest and of the newest backup that is done, nil
 // without any: only from the end of a backup on can a recovery stop.
 func (c *Catalog) recoverability() (first, last *metav1.Time) {
+	var ends []time.Time
 	for _, b := range c.Backups {
-		if !b.Done() {
-			continue
-		}
-		end := metav1.NewTime(b.EndTime)
-		if first == nil || end.Before(first) {
-			first = &end
-		}
-		if last == nil || last.Before(&end) {
-			last = &end
+		if b.Done() {
+			ends = append(ends, b.EndTime)
 		}
 	}
-	return first, last
+	if len(ends) == 0 {
+		return nil, nil
+	}
+	slices.SortFunc(ends, time.Time.Compare)
+	return new(metav1.NewTime(ends[0])), new(metav1.NewTime(ends[len(ends)-1]))
 }

@@ -1114,7 +1114,7 @@ func TestLinkedDirectories(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	tree := &tree{root: root, top: ".", seen: map[[2]uint64]bool{}}
+	tree := &tree{root: root, top: "."}
 	if err := tree.findDirectories("."); err != nil {
 		t.Fatal(err)
 	}
