@@ -385,7 +385,8 @@ func runRestore(ctx context.Context, args []string) error {
 	if err := restoreBackup(ctx, s, b, o); err != nil {
 		return err
 	}
-	fmt.Printf("restored backup %s; start PostgreSQL on %s to recover to %s\n", b.ID, o.Dir, describeTarget(&target))
+	goal, _ := parseTarget(&target) // findBackup has checked it
+	fmt.Printf("restored backup %s; start PostgreSQL on %s to recover to %s\n", b.ID, o.Dir, goal.words)
 	return nil
 }
 

@@ -51,70 +51,69 @@ var (
 
 // recoveryGoal is a RecoveryTarget, checked and parsed.
 type recoveryGoal struct {
-	backupID string
-	time     time.Time // zero: no target time
-	lsn      LSN
-	hasLSN   bool
+	RecoveryTarget
+	time time.Time // zero: no target time
+	lsn  LSN
 	// The timeline to end on: a number, or the backup's own (current), or the latest
 	// one, which is PostgreSQL's default too.
 	timeline uint32
 	current  bool
+	// The setting of PostgreSQL that says where recovery ends; "" is the end of the archive.
+	setting, value string
+	words          string // where recovery is to end
 }
 
 // parseTarget checks a recovery target; nil means the end of the archive. It returns
 // errBadTarget, with the field that is wrong.
 func parseTarget(t *RecoveryTarget) (recoveryGoal, error) {
-	var g recoveryGoal
-	if t == nil {
-		return g, nil
-	}
+	g := recoveryGoal{RecoveryTarget: *cmp.Or(t, &RecoveryTarget{})}
 	var err error
-	g.backupID = t.BackupID
-	if t.TargetTime != "" {
-		if g.time, err = parseTargetTime(t.TargetTime); err != nil {
+	var immediate, at, lsn string
+	if g.TargetImmediate != nil && *g.TargetImmediate {
+		immediate = "immediate"
+	}
+	if g.TargetTime != "" {
+		if g.time, err = parseTargetTime(g.TargetTime); err != nil {
 			return g, fmt.Errorf("%w: targetTime %w", errBadTarget, err)
 		}
+		at = g.time.Format("2006-01-02 15:04:05.999999+00")
 	}
-	if t.TargetLSN != "" {
-		if g.lsn, err = parseLSN(t.TargetLSN); err != nil {
+	if g.TargetLSN != "" {
+		if g.lsn, err = parseLSN(g.TargetLSN); err != nil {
 			return g, fmt.Errorf("%w: targetLSN %w", errBadTarget, err)
 		}
-		g.hasLSN = true
+		lsn = g.lsn.String()
 	}
-	switch t.TargetTLI {
-	case "", "latest":
+	switch g.TargetTLI = cmp.Or(g.TargetTLI, "latest"); g.TargetTLI {
+	case "latest":
 	case "current":
 		g.current = true
 	default:
 		// base 0, since PostgreSQL reads recovery_target_timeline with strtoul(..., 0)
-		n, err := strconv.ParseUint(t.TargetTLI, 0, 32)
+		n, err := strconv.ParseUint(g.TargetTLI, 0, 32)
 		if err != nil || n == 0 {
-			return g, fmt.Errorf("%w: targetTLI %q is not latest, current or the number of a timeline", errBadTarget, t.TargetTLI)
+			return g, fmt.Errorf("%w: targetTLI %q is not latest, current or the number of a timeline", errBadTarget, g.TargetTLI)
 		}
 		g.timeline = uint32(n)
 	}
-	if ends := t.ends(); len(ends) > 1 {
-		return g, fmt.Errorf("%w: PostgreSQL takes one of them, not %s and %s together", errBadTarget, ends[0].field, ends[1].field)
-	}
-	return g, nil
-}
-
-// recoveryEnd is one of the fields that say where recovery ends, the setting it becomes, and what it says in words.
-type recoveryEnd struct{ field, setting, value, words string }
-
-// ends are those of the fields that are set.
-func (t *RecoveryTarget) ends() []recoveryEnd {
-	immediate := ""
-	if t.TargetImmediate != nil && *t.TargetImmediate {
-		immediate = "immediate"
-	}
-	return slices.DeleteFunc([]recoveryEnd{
+	field, words := "", "the end of the archive"
+	for _, end := range []struct{ field, setting, value, words string }{
 		{"targetImmediate", "recovery_target", immediate, "the end of a backup"},
-		{"targetLSN", "recovery_target_lsn", t.TargetLSN, "LSN " + t.TargetLSN},
-		{"targetName", "recovery_target_name", t.TargetName, fmt.Sprintf("restore point %q", t.TargetName)},
-		{"targetTime", "recovery_target_time", t.TargetTime, "time " + t.TargetTime},
-		{"targetXID", "recovery_target_xid", t.TargetXID, "transaction " + t.TargetXID},
-	}, func(e recoveryEnd) bool { return e.value == "" })
+		{"targetLSN", "recovery_target_lsn", lsn, "LSN " + g.TargetLSN},
+		{"targetName", "recovery_target_name", g.TargetName, fmt.Sprintf("restore point %q", g.TargetName)},
+		{"targetTime", "recovery_target_time", at, "time " + g.TargetTime},
+		{"targetXID", "recovery_target_xid", g.TargetXID, "transaction " + g.TargetXID},
+	} {
+		if end.value == "" {
+			continue
+		}
+		if field != "" {
+			return g, fmt.Errorf("%w: PostgreSQL takes one of them, not %s and %s together", errBadTarget, field, end.field)
+		}
+		field, g.setting, g.value, words = end.field, end.setting, end.value, end.words
+	}
+	g.words = words + " on timeline " + g.TargetTLI
+	return g, nil
 }
 
 // parseTargetTime reads a point in time as PostgreSQL prints it, or as RFC 3339. A time
@@ -219,9 +218,9 @@ func (g *recoveryGoal) unfit(b *BackupInfo, h timelineHistories) string {
 		}
 	}
 	switch {
-	case g.hasLSN && g.backupID == "" && end >= g.lsn, g.hasLSN && end > g.lsn:
+	case g.TargetLSN != "" && g.BackupID == "" && end >= g.lsn, g.TargetLSN != "" && end > g.lsn:
 		return fmt.Sprintf("it ended at %s, not before the target %s", end, g.lsn)
-	case !g.time.IsZero() && g.backupID == "" && b.EndTime.After(g.time):
+	case !g.time.IsZero() && g.BackupID == "" && b.EndTime.After(g.time):
 		return "it ended after the target time"
 	}
 	return ""
@@ -240,7 +239,7 @@ func chooseBackup(catalog *Catalog, target *RecoveryTarget, h timelineHistories)
 	})
 	var passedOver []string
 	for _, b := range newestFirst {
-		if g.backupID != "" && b.ID != g.backupID {
+		if g.BackupID != "" && b.ID != g.BackupID {
 			continue
 		}
 		why := g.unfit(b, h)
@@ -253,16 +252,16 @@ func chooseBackup(catalog *Catalog, target *RecoveryTarget, h timelineHistories)
 		}
 		passedOver = append(passedOver, describeBackup(b)+": "+why)
 	}
-	if g.backupID != "" {
+	if g.BackupID != "" {
 		if len(passedOver) == 1 {
 			return nil, fmt.Errorf("%w: %s", errNoBackup, passedOver[0])
 		}
 		for _, b := range newestFirst {
 			passedOver = append(passedOver, describeBackup(b))
 		}
-		err = fmt.Errorf("%w: no backup found with ID %s", errNoBackup, g.backupID)
+		err = fmt.Errorf("%w: no backup found with ID %s", errNoBackup, g.BackupID)
 	} else {
-		err = fmt.Errorf("%w for %s", errNoBackup, describeTarget(target))
+		err = fmt.Errorf("%w for %s", errNoBackup, g.words)
 	}
 	for _, id := range slices.Backward(slices.Sorted(maps.Keys(catalog.Unreadable))) {
 		passedOver = append(passedOver, fmt.Sprintf("%s: %v", id, catalog.Unreadable[id]))
@@ -294,16 +293,6 @@ func describeBackup(b *BackupInfo) string {
 		b.Timeline, stamp(b.BeginTime), cmp.Or(b.BeginLSN, "?"), stamp(b.EndTime), cmp.Or(b.EndLSN, "?"))
 }
 
-// describeTarget says in words where recovery is to end.
-func describeTarget(t *RecoveryTarget) string {
-	t = cmp.Or(t, &RecoveryTarget{})
-	text := "the end of the archive"
-	if ends := t.ends(); len(ends) > 0 {
-		text = ends[0].words
-	}
-	return text + " on timeline " + cmp.Or(t.TargetTLI, "latest")
-}
-
 // findBackup reads the catalog and the timelines of a server and chooses the backup for a target.
 func findBackup(ctx context.Context, s *Store, target *RecoveryTarget) (*BackupInfo, error) {
 	goal, err := parseTarget(target)
@@ -326,7 +315,7 @@ func findBackup(ctx context.Context, s *Store, target *RecoveryTarget) (*BackupI
 		return nil, fmt.Errorf("server %q at %s: %w", s.Config.ServerName, s.URL(s.key("base/")), err)
 	}
 	slog.Info("Chose the base backup", "backupID", b.ID, "backupName", b.BackupName, "timeline", b.Timeline, "endTime", b.EndTime,
-		"endLSN", b.EndLSN, "target", describeTarget(target), "targetTimeline", goal.targetTimeline(b, histories), "backups", len(catalog.Backups))
+		"endLSN", b.EndLSN, "target", goal.words, "targetTimeline", goal.targetTimeline(b, histories), "backups", len(catalog.Backups))
 	return b, nil
 }
 
@@ -778,13 +767,15 @@ func (r *restorer) unpack(a dataArchive, stored io.Reader) error {
 	if err != nil {
 		return err
 	}
-	stream := &endReader{r: fullReader{z}}
-	archive := tar.NewReader(stream)
+	stream := fullReader{z}
+	archive := tar.NewReader(tarStream{stream})
 	buffer := make([]byte, copyBufferSize)
 	for {
 		entry, err := archive.Next()
 		if err == io.EOF {
-			break
+			// What follows is padding, but only at its very end can the codec check the stream.
+			_, err = io.Copy(io.Discard, stream)
+			return err
 		}
 		if err != nil {
 			return err
@@ -793,14 +784,6 @@ func (r *restorer) unpack(a dataArchive, stored io.Reader) error {
 			return fmt.Errorf("entry %q: %w", entry.Name, err)
 		}
 	}
-	// archive/tar takes the end of the stream for the end of the archive, which it is not:
-	// that is two zero blocks.
-	if stream.ended {
-		return fmt.Errorf("%w: it ends without the end-of-archive mark, so it is not complete", errDamaged)
-	}
-	// What follows is padding, but only at its very end can the codec check the stream.
-	_, err = io.Copy(io.Discard, stream)
-	return err
 }
 
 // Write counts what is read of an object, by way of a TeeReader.
@@ -809,18 +792,15 @@ func (p *progress) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// endReader notices when its reader was asked for more than there was.
-type endReader struct {
-	r     fullReader
-	ended bool
-}
+// tarStream makes an error of its end: archive/tar takes that for the end of the archive,
+// which it is not. That is two zero blocks.
+type tarStream struct{ io.Reader }
 
-func (e *endReader) Read(b []byte) (int, error) {
-	n, err := e.r.Read(b)
-	if n > 0 && err == io.EOF {
-		err = nil // it is said again by the next Read
+func (s tarStream) Read(b []byte) (int, error) {
+	n, err := s.Reader.Read(b)
+	if err == io.EOF {
+		err = fmt.Errorf("%w: it ends without the end-of-archive mark, so it is not complete", errDamaged)
 	}
-	e.ended = e.ended || n == 0 && err == io.EOF
 	return n, err
 }
 
@@ -1497,26 +1477,19 @@ func writeRecoverySettings(dir string, target *RecoveryTarget, restoreCommand st
 	if err != nil {
 		return err
 	}
-	t := cmp.Or(target, &RecoveryTarget{})
-	settings := [][2]string{{"restore_command", restoreCommand}, {"recovery_target_timeline", cmp.Or(t.TargetTLI, "latest")},
-		{"recovery_target_action", "promote"}, {"recovery_target_inclusive", strconv.FormatBool(t.Exclusive == nil || !*t.Exclusive)}}
+	settings := [][2]string{{"restore_command", restoreCommand}, {"recovery_target_timeline", goal.TargetTLI},
+		{"recovery_target_action", "promote"}, {"recovery_target_inclusive", strconv.FormatBool(goal.Exclusive == nil || !*goal.Exclusive)}}
 	// PostgreSQL refuses to start with two targets, and one may have been left in the
 	// backup by an earlier recovery. The empty ones must come first: each assignment is
 	// checked against the target so far (guc hooks in xlogrecovery.c).
 	for _, none := range []string{"", "_time", "_lsn", "_xid", "_name"} {
 		settings = append(settings, [2]string{"recovery_target" + none, ""})
 	}
-	for _, end := range t.ends() {
-		switch end.field {
-		case "targetTime":
-			end.value = goal.time.Format("2006-01-02 15:04:05.999999+00")
-		case "targetLSN":
-			end.value = goal.lsn.String()
-		}
-		settings = append(settings, [2]string{end.setting, end.value})
+	if goal.setting != "" {
+		settings = append(settings, [2]string{goal.setting, goal.value})
 	}
 	var text strings.Builder
-	fmt.Fprintf(&text, "\n# recovery to %s\n", strings.ReplaceAll(describeTarget(target), "\n", " "))
+	fmt.Fprintf(&text, "\n# recovery to %s\n", strings.ReplaceAll(goal.words, "\n", " "))
 	quote := strings.NewReplacer("'", "''", `\`, `\\`)
 	for _, s := range settings {
 		if strings.ContainsAny(s[1], "\n\x00") {
