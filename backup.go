@@ -38,7 +38,6 @@ import (
 	"github.com/cloudnative-pg/cnpg-i/pkg/backup"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -80,7 +79,6 @@ const (
 // two MiB of buffers for each job: with small parts it is below 64 MiB for the whole
 // process, and 16 GiB are still only 3,277 of them.
 const (
-	backupPartSize   = minPartSize
 	maxArchiveSize   = 16 << 30
 	maxArchiveParts  = 9_500   // leaves room for the last file
 	bandwidthBurst   = 1 << 20 // bytes that --max-bandwidth lets through at once
@@ -485,11 +483,10 @@ func (s *session) close() {
 
 // inspect reads what a backup needs to know of the server, and returns what backup.info says of it.
 func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
-	setup := "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
-	if v, err := strconv.Atoi(strings.SplitN(s.conn.PgConn().ParameterStatus("server_version"), ".", 2)[0]); err == nil && v >= 14 {
-		setup += "SET idle_session_timeout = 0;" // the session is idle while files are copied
-	}
-	if _, err := s.conn.Exec(ctx, setup); err != nil {
+	// The checkpoint may take long, and the session is idle while files are copied. Not every
+	// version has all of these.
+	if _, err := s.conn.Exec(ctx, `SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN
+		('statement_timeout', 'lock_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout')`); err != nil {
 		return nil, answered(err)
 	}
 	info := &BackupInfo{ServerName: "cloud"}
@@ -1003,7 +1000,7 @@ func (b *baseBackup) copyFiles(ctx context.Context) error {
 				return err
 			}
 		}
-		if b.last, err = b.copyTree(ctx, t); err != nil {
+		if err := b.copyTree(ctx, t); err != nil {
 			return err
 		}
 	}
@@ -1030,59 +1027,57 @@ func (b *baseBackup) copyFiles(ctx context.Context) error {
 
 // copyTree stores a tree: its directories in the first archive, then its files by
 // several jobs at once, each into an archive of its own. It closes them all but the one
-// of the highest number, which it returns.
-func (b *baseBackup) copyTree(ctx context.Context, t *tree) (*archive, error) {
+// of the highest number, b.last.
+func (b *baseBackup) copyTree(ctx context.Context, t *tree) error {
 	began := time.Now()
 	if err := t.findDirectories(t.top); err != nil {
-		return nil, err
+		return err
 	}
 	first, err := b.openArchive(ctx, t.name, 0)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, header := range t.directories {
 		if err := first.add(header, nil); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	files := make(chan string, 64)
 	archives := make([]*archive, b.jobs)
 	archives[0] = first
-	var group errgroup.Group
-	fail := func(err error) error {
+	var workers sync.WaitGroup
+	fail := func(err error) {
 		if err != nil {
 			b.fail(err) // so that the others stop too
 		}
-		return err
 	}
-	group.Go(func() error {
+	workers.Go(func() {
 		defer close(files)
-		return fail(t.findFiles(ctx, files))
+		fail(t.findFiles(ctx, files))
 	})
 	for job := range b.jobs {
-		group.Go(func() error {
+		workers.Go(func() {
 			buffer := make([]byte, copyBufferSize)
 			for name := range files {
 				if ctx.Err() == nil { // else drain
 					fail(b.copyFile(ctx, t, &archives[job], name, buffer))
 				}
 			}
-			return context.Cause(ctx)
 		})
 	}
-	if err := group.Wait(); err != nil {
-		return nil, err
+	workers.Wait()
+	if err := context.Cause(ctx); err != nil {
+		return err
 	}
-	archives = slices.DeleteFunc(archives, func(a *archive) bool { return a == nil })
-	last := slices.MaxFunc(archives, func(a, b *archive) int { return cmp.Compare(a.number, b.number) })
+	b.last = b.archives[len(b.archives)-1]
 	for _, a := range archives {
-		if a != last {
-			group.Go(func() error { return fail(a.close()) })
+		if a != nil && a != b.last {
+			workers.Go(func() { fail(a.close()) })
 		}
 	}
-	err = group.Wait()
+	workers.Wait()
 	b.took = append(b.took, fmt.Sprintf("'%s': %.6f", t.name, time.Since(began).Seconds()))
-	return last, err
+	return context.Cause(ctx)
 }
 
 // copyFile stores one file of a tree in the job's archive, which it closes and replaces
@@ -1485,7 +1480,7 @@ func (b *baseBackup) openArchive(ctx context.Context, tree string, first int64) 
 	}
 	a.key = b.store.baseKey(b.info.ID, archiveName(tree, a.number)+".tar"+b.codec.suffix)
 	args := &b.store.data
-	part := max(minPartSize, cmp.Or(args.MinChunkSize, backupPartSize), first/maxArchiveParts+1)
+	part := max(args.MinChunkSize, minPartSize, first/maxArchiveParts+1)
 	a.limit = min(cmp.Or(args.MaxArchiveSize, maxArchiveSize), maxArchiveParts*part)
 	a.object = b.store.NewWriter(ctx, a.key, putOptions{Data: true, PartSize: int(part), Workers: 1, Limiter: b.limiter})
 	var err error
