@@ -208,14 +208,9 @@ func (g *recoveryGoal) unfit(b *BackupInfo, h timelineHistories) string {
 		return fmt.Sprintf("its backup.info has no begin_xlog and end_xlog (%q, %q)", b.BeginLSN, b.EndLSN)
 	}
 	// A backup of a standby may begin on one timeline and end on the next.
-	target := g.targetTimeline(b, h)
-	for _, p := range []struct {
-		timeline uint32
-		at       LSN
-	}{{timelineOf(b.BeginWAL, b.Timeline), begin}, {timelineOf(b.EndWAL, b.Timeline), end}} {
-		if why := h.offLine(target, p.timeline, p.at); why != "" {
-			return fmt.Sprintf("%s (a targetTLI of %d would lead on from it)", why, timelineOf(b.EndWAL, b.Timeline))
-		}
+	own, target := timelineOf(b.EndWAL, b.Timeline), g.targetTimeline(b, h)
+	if why := cmp.Or(h.offLine(target, timelineOf(b.BeginWAL, b.Timeline), begin), h.offLine(target, own, end)); why != "" {
+		return fmt.Sprintf("%s (a targetTLI of %d would lead on from it)", why, own)
 	}
 	switch {
 	case g.TargetLSN != "" && g.BackupID == "" && end >= g.lsn, g.TargetLSN != "" && end > g.lsn:
@@ -240,6 +235,7 @@ func chooseBackup(catalog *Catalog, target *RecoveryTarget, h timelineHistories)
 	var passedOver []string
 	for _, b := range newestFirst {
 		if g.BackupID != "" && b.ID != g.BackupID {
+			passedOver = append(passedOver, describeBackup(b))
 			continue
 		}
 		why := g.unfit(b, h)
@@ -250,18 +246,15 @@ func chooseBackup(catalog *Catalog, target *RecoveryTarget, h timelineHistories)
 			}
 			return b, nil
 		}
-		passedOver = append(passedOver, describeBackup(b)+": "+why)
+		why = describeBackup(b) + ": " + why
+		if g.BackupID != "" {
+			return nil, fmt.Errorf("%w: %s", errNoBackup, why)
+		}
+		passedOver = append(passedOver, why)
 	}
+	err = fmt.Errorf("%w for %s", errNoBackup, g.words)
 	if g.BackupID != "" {
-		if len(passedOver) == 1 {
-			return nil, fmt.Errorf("%w: %s", errNoBackup, passedOver[0])
-		}
-		for _, b := range newestFirst {
-			passedOver = append(passedOver, describeBackup(b))
-		}
 		err = fmt.Errorf("%w: no backup found with ID %s", errNoBackup, g.BackupID)
-	} else {
-		err = fmt.Errorf("%w for %s", errNoBackup, g.words)
 	}
 	for _, id := range slices.Backward(slices.Sorted(maps.Keys(catalog.Unreadable))) {
 		passedOver = append(passedOver, fmt.Sprintf("%s: %v", id, catalog.Unreadable[id]))
@@ -527,7 +520,7 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 		err = r.finish()
 	}
 	if err != nil {
-		err = fmt.Errorf("%w (what was restored so far stays in %s, unusable, until it is removed or the restore is run again)", err, strings.Join(r.paths(), ", "))
+		err = fmt.Errorf("%w (what was restored so far stays in %s, unusable, until it is removed or the restore is run again)", err, strings.Join(r.paths, ", "))
 	}
 	return err
 }
@@ -540,8 +533,9 @@ type restorer struct {
 	wal         *targetDir            // nil when pg_wal is a directory in PGDATA
 	tablespaces map[uint32]*targetDir // by OID
 	targets     []*targetDir          // all of these, PGDATA first
-	// inside are the tablespace directories below PGDATA. Barman stores their files in
-	// data.tar as well as in their own archives, of which the latter count.
+	paths       []string              // theirs
+	// inside are the tablespace directories below PGDATA, and the links to all of them. Barman
+	// stores their files in data.tar as well as in their own archives, of which the latter count.
 	inside []string
 	sums   fileSums
 	read   *progress // of the objects
@@ -571,13 +565,11 @@ func (r *restorer) plan(o restoreOptions) error {
 		if err != nil {
 			return nil, err
 		}
-		for _, t := range r.targets {
-			if t.path == dir {
-				return nil, fmt.Errorf("%s would be two of data directory, WAL directory and tablespaces at once: give --tablespace NAME:PATH another path", dir)
-			}
+		if slices.Contains(r.paths, dir) {
+			return nil, fmt.Errorf("%s would be two of data directory, WAL directory and tablespaces at once: give --tablespace NAME:PATH another path", dir)
 		}
 		t := &targetDir{path: dir}
-		r.targets = append(r.targets, t)
+		r.targets, r.paths = append(r.targets, t), append(r.paths, dir)
 		if r.data != nil && r.data.leftover {
 			note, err := os.ReadFile(filepath.Join(r.data.path, incompleteFile))
 			if err != nil {
@@ -585,7 +577,8 @@ func (r *restorer) plan(o restoreOptions) error {
 			}
 			t.listed = slices.Contains(strings.Split(string(note), "\n"), dir)
 		}
-		return t, t.check()
+		_, err = t.check()
+		return t, err
 	}
 	var err error
 	if r.data, err = target(o.Dir); err != nil {
@@ -611,6 +604,7 @@ func (r *restorer) plan(o restoreOptions) error {
 		if r.tablespaces[t.OID], err = target(location); err != nil {
 			return fmt.Errorf("tablespace %q: %w", t.Name, err)
 		}
+		r.inside = append(r.inside, fmt.Sprintf("pg_tblspc/%d", t.OID))
 		for _, original := range []string{t.Location, r.tablespaces[t.OID].path} {
 			for _, base := range []string{r.backup.PGData, r.data.path} {
 				if name, inside := below(base, original); inside {
@@ -627,30 +621,19 @@ func (r *restorer) plan(o restoreOptions) error {
 	return nil
 }
 
-func (r *restorer) paths() (paths []string) {
-	for _, t := range r.targets {
-		paths = append(paths, t.path)
-	}
-	slices.Sort(paths[1:])
-	return paths
-}
-
 // check makes sure that a directory is missing, or empty, or holds the leftovers of an
-// interrupted restore. lost+found is the file system's own.
-func (t *targetDir) check() error {
+// interrupted restore, and returns what is in it. lost+found is the file system's own.
+func (t *targetDir) check() ([]fs.DirEntry, error) {
 	entries, err := os.ReadDir(t.path)
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		return err
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
 	}
 	entries = slices.DeleteFunc(entries, func(e fs.DirEntry) bool { return e.Name() == "lost+found" })
 	t.leftover = (t.listed || fileExists(filepath.Join(t.path, incompleteFile))) && !fileExists(filepath.Join(t.path, controlFile))
 	if len(entries) > 0 && !t.leftover {
-		return fmt.Errorf("%s: %w (it has %q): restore into a new or empty directory", t.path, errNotEmpty, entries[0].Name())
+		return nil, fmt.Errorf("%s: %w (it has %q): restore into a new or empty directory", t.path, errNotEmpty, entries[0].Name())
 	}
-	return nil
+	return entries, nil
 }
 
 // open makes the directories and claims them for this restore.
@@ -675,7 +658,7 @@ func (r *restorer) open() error {
 // claim marks a directory as incomplete, holds a lock on the mark against any other
 // restore, and removes what an interrupted one left.
 func (t *targetDir) claim(note string) (err error) {
-	if err := t.check(); err != nil { // again: a tablespace in PGDATA has just been removed with it
+	if _, err := t.check(); err != nil { // again: a tablespace in PGDATA has just been removed with it
 		return err
 	}
 	flags := os.O_WRONLY | os.O_CREATE
@@ -690,12 +673,17 @@ func (t *targetDir) claim(note string) (err error) {
 		return fmt.Errorf("%s: %w: another restore is writing to it", t.path, errNotEmpty)
 	}
 	if t.leftover {
-		if err := t.check(); err != nil { // with the lock in hand: the other restore may have ended well
+		entries, err := t.check() // with the lock in hand: the other restore may have ended well
+		if err != nil {
 			return err
 		}
 		slog.Info("Removing what an interrupted restore left", "directory", t.path)
-		if err := t.clear(); err != nil {
-			return err
+		for _, e := range entries {
+			if e.Name() != incompleteFile {
+				if err := t.root.RemoveAll(e.Name()); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	if err := t.mark.Truncate(0); err != nil {
@@ -703,22 +691,6 @@ func (t *targetDir) claim(note string) (err error) {
 	}
 	_, err = t.mark.WriteString(note)
 	return err
-}
-
-// clear removes everything but lost+found and the mark.
-func (t *targetDir) clear() error {
-	entries, err := os.ReadDir(t.path)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.Name() != "lost+found" && e.Name() != incompleteFile {
-			if err := t.root.RemoveAll(e.Name()); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }
 
 func (r *restorer) close() {
@@ -893,12 +865,6 @@ func (r *restorer) route(a dataArchive, name string) (*targetDir, string) {
 	}
 	for _, dir := range r.inside {
 		if name == dir || strings.HasPrefix(name, dir+"/") {
-			return nil, ""
-		}
-	}
-	if oid, ok := strings.CutPrefix(name, "pg_tblspc/"); ok {
-		oid, _, _ = strings.Cut(oid, "/")
-		if n, err := strconv.ParseUint(oid, 10, 32); err == nil && r.tablespaces[uint32(n)] != nil {
 			return nil, ""
 		}
 	}
@@ -1175,7 +1141,7 @@ func (r *restorer) finish() error {
 	}
 	// The mark of PGDATA goes last, when pg_control has made it a database: until then it
 	// stands for the others, which it lists, too.
-	if _, err := r.data.mark.WriteString(strings.Join(r.paths(), "\n")); err != nil {
+	if _, err := r.data.mark.WriteString(strings.Join(r.paths, "\n")); err != nil {
 		return err
 	}
 	if err := r.data.mark.Sync(); err != nil {
@@ -1270,8 +1236,8 @@ func (v *verification) summary() *LastVerification {
 // problem adds to a list what is wrong with an object, but returns an error that says
 // nothing about it, since the store could not be asked.
 func (v *verification) problem(list *[]string, err error) error {
-	var store *storeError
-	if errors.As(err, &store) && !errors.Is(err, errNotFound) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	_, transport := errors.AsType[*storeError](err)
+	if transport && !errors.Is(err, errNotFound) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	if err != nil {
@@ -1313,10 +1279,9 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 	}
 
 	for _, b := range done {
-		if b.archives, err = listArchives(ctx, s, b.info); err != nil {
-			if err := v.problem(&b.Problems, err); err != nil {
-				return nil, err
-			}
+		b.archives, err = listArchives(ctx, s, b.info)
+		if err := v.problem(&b.Problems, err); err != nil {
+			return nil, err
 		}
 		b.Archives = len(b.archives)
 		for _, a := range b.archives {
@@ -1471,7 +1436,8 @@ func restoreCommand(program string, args ...string) string {
 }
 
 // writeRecoverySettings lets `pg_ctl start` finish a restore into dir: it adds the
-// restore_command and the target to postgresql.auto.conf and creates recovery.signal.
+// restore_command and the target to postgresql.auto.conf and creates recovery.signal. The
+// end of the restore makes them durable, with all the other files.
 func writeRecoverySettings(dir string, target *RecoveryTarget, restoreCommand string) error {
 	goal, err := parseTarget(target)
 	if err != nil {
@@ -1503,25 +1469,18 @@ func writeRecoverySettings(dir string, target *RecoveryTarget, restoreCommand st
 		return err
 	}
 	defer root.Close()
-	if err := appendSynced(root, "postgresql.auto.conf", text.String()); err != nil {
+	f, err := root.OpenFile("postgresql.auto.conf", os.O_WRONLY|os.O_CREATE|os.O_APPEND, minFileMode)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text.String())
+	if err := cmp.Or(err, f.Close()); err != nil { // the first error
 		return err
 	}
 	if err := root.Remove("standby.signal"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := appendSynced(root, "recovery.signal", ""); err != nil {
-		return err
-	}
-	return syncDir(root, ".")
-}
-
-func appendSynced(root *os.Root, name, text string) error {
-	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, minFileMode)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(text)
-	return cmp.Or(err, f.Sync(), f.Close()) // the first error
+	return root.WriteFile("recovery.signal", nil, minFileMode)
 }
 
 // ---------------------------------------------------------------------------
