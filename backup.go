@@ -525,20 +525,19 @@ func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
 
 // startBackup enters backup mode and sets the begin of the backup and the tablespaces in info.
 func (s *session) startBackup(ctx context.Context, info *BackupInfo, immediate bool) error {
-	function := "pg_backup_start('%s', %t)"
+	start := "SELECT now(), pg_backup_start($1, $2)::text"
 	if s.major < 15 {
-		function = "pg_start_backup('%s', %t, false)" // the last argument: not exclusive
+		start = "SELECT now(), pg_start_backup($1, $2, false)::text" // the last argument: not exclusive
 	}
-	start := fmt.Sprintf("SELECT now(), ("+function+")::text", "Barman backup cloud "+info.ID, immediate)
-	if err := s.row(ctx, start, &info.BeginTime, &info.BeginLSN); err != nil {
-		return fmt.Errorf("start the backup: %w", err)
+	err := s.conn.QueryRow(ctx, start, "Barman backup cloud "+info.ID, immediate).Scan(&info.BeginTime, &info.BeginLSN)
+	if err != nil {
+		return fmt.Errorf("start the backup: %w", answered(err))
 	}
 	// Only now: the WAL of the backup makes tablespaces that come later, but not one that
 	// came while the checkpoint was being waited for. One with a relative location
 	// (allow_in_place_tablespaces) is an ordinary directory below pg_tblspc.
 	rows, _ := s.conn.Query(ctx, `SELECT spcname, oid, pg_tablespace_location(oid) FROM pg_tablespace
 		WHERE pg_tablespace_location(oid) LIKE '/%' ORDER BY spcname`)
-	var err error
 	if info.Tablespaces, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Tablespace]); err != nil {
 		return fmt.Errorf("list the tablespaces: %w", answered(err))
 	}
@@ -858,7 +857,6 @@ func (t *tree) findDirectories(name string, above ...fs.FileInfo) error {
 		return nil // a symbolic link that leads back up
 	}
 	header := headerOf(name+"/", info)
-	header.Typeflag = tar.TypeDir
 	if name == "." {
 		header.Mode = 0o700
 	}
@@ -1133,7 +1131,7 @@ func (b *baseBackup) addFile(ctx context.Context, a *archive, name, path string,
 		return nil
 	}
 	header := headerOf(name, info)
-	header.Typeflag, header.Size = tar.TypeReg, info.Size()
+	header.Size = info.Size()
 	if err := a.tar.WriteHeader(&header); err != nil {
 		return a.failed(err)
 	}
@@ -1261,14 +1259,13 @@ var pageChecksumSeeds = [32]uint32{
 	0x783125BB, 0x6CA8EAA2, 0xE407EAC6, 0x4B5CFC3E, 0x9FBF8C76, 0x15CA20BE, 0xF2CA9FD3, 0x959BD756,
 }
 
-// headerOf is the tar header of a file, without type and size.
+// headerOf is the tar header of a file without its size. That a name with a slash at its end
+// is a directory, archive/tar knows.
 func headerOf(name string, info fs.FileInfo) tar.Header {
+	owner := info.Sys().(*syscall.Stat_t)
 	// Whole seconds: a fraction would cost a record of 1 KiB for each file.
-	header := tar.Header{Name: name, Mode: int64(info.Mode().Perm()), ModTime: info.ModTime().Truncate(time.Second)}
-	if s, ok := info.Sys().(*syscall.Stat_t); ok {
-		header.Uid, header.Gid = int(s.Uid), int(s.Gid)
-	}
-	return header
+	return tar.Header{Name: name, Mode: int64(info.Mode().Perm()), ModTime: info.ModTime().Truncate(time.Second),
+		Uid: int(owner.Uid), Gid: int(owner.Gid)}
 }
 
 // pageCacheKeeper returns a function that gives back the page cache which reading f has
@@ -1529,9 +1526,8 @@ func (a *archive) add(header tar.Header, content []byte) error {
 
 // failed names the archive in an error.
 func (a *archive) failed(err error) error {
-	var store *storeError
-	if err == nil || errors.As(err, &store) {
-		return err // it names the object
+	if _, named := errors.AsType[*storeError](err); err == nil || named {
+		return err
 	}
 	return fmt.Errorf("write %s: %w", path.Base(a.key), err)
 }
