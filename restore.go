@@ -478,6 +478,8 @@ const (
 	// incompleteFile lies in each directory that a restore is writing to: by it a later
 	// restore tells the leftovers of an interrupted one, which it may remove.
 	incompleteFile = "restore.incomplete"
+
+	flushSize = 1 << 20 // of a file, at a time
 )
 
 // restoreBackup restores the files of a backup. Nothing is written unless the backup is
@@ -918,8 +920,28 @@ func (t *targetDir) write(name string, mode fs.FileMode, content io.Reader, buff
 	if err != nil {
 		return err
 	}
-	_, err = io.CopyBuffer(struct{ io.Writer }{f}, content, buffer) // a bare Writer, lest it take its shortcut around the buffer
-	return cmp.Or(err, f.Close())                                   // the first error
+	_, err = io.CopyBuffer(&flushedFile{f: f}, content, buffer)
+	return cmp.Or(err, f.Close()) // the first error
+}
+
+// flushedFile has the kernel begin to write to the disk while more comes from the network:
+// left alone, it would wait with gigabytes for the sync at the end.
+type flushedFile struct {
+	f    *os.File
+	size int64 // not flushed yet
+	end  int64
+}
+
+func (w *flushedFile) Write(b []byte) (n int, err error) {
+	n, err = w.f.Write(b)
+	w.size, w.end = w.size+int64(n), w.end+int64(n)
+	if w.size >= flushSize {
+		if err := unix.SyncFileRange(int(w.f.Fd()), w.end-w.size, w.size, unix.SYNC_FILE_RANGE_WRITE); err != nil {
+			slog.Debug("sync_file_range failed", "file", w.f.Name(), "error", err)
+		}
+		w.size = 0
+	}
+	return n, err
 }
 
 // directory makes a directory, or gives one that is there its mode.
