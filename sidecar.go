@@ -86,15 +86,21 @@ func runSidecar(ctx context.Context, args []string) error {
 	if *pgdata == "" {
 		return usageError{errors.New("sidecar: where is the data directory? Set --pgdata or PGDATA")}
 	}
+	namespace := os.Getenv("NAMESPACE")
+	if *manifests == "" && namespace == "" {
+		return usageError{errors.New("sidecar: set NAMESPACE to the namespace of the Cluster, or use --objectstore FILE outside Kubernetes")}
+	}
+	// First of all: who connects from now on waits for the first answer instead of the socket.
+	killed, listener, err := listen(*socket)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
 	var source configSource
-	var err error
-	switch namespace := os.Getenv("NAMESPACE"); {
-	case *manifests != "":
+	if *manifests != "" {
 		source, err = newFileSource(*manifests)
-	case namespace != "":
+	} else {
 		source, err = newKubeSource(ctx, namespace)
-	default:
-		err = usageError{errors.New("sidecar: set NAMESPACE to the namespace of the Cluster, or use --objectstore FILE outside Kubernetes")}
 	}
 	if err != nil {
 		return err
@@ -105,7 +111,8 @@ func runSidecar(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := serveSidecar(ctx, *socket, walFiles); err != nil {
+	walFiles.report.killed = killed
+	if err := serveSidecar(ctx, listener, walFiles); err != nil {
 		return err
 	}
 	drain, cancel := context.WithTimeout(life, drainGrace)
@@ -117,20 +124,23 @@ func runSidecar(ctx context.Context, args []string) error {
 	return nil
 }
 
+// listen makes the socket. It says whether a predecessor was killed: what that one left
+// behind would refuse connections for ever.
+func listen(socket string) (killed bool, listener net.Listener, err error) {
+	err = os.Remove(socket)
+	if killed = err == nil; !killed && !errors.Is(err, fs.ErrNotExist) {
+		return false, nil, fmt.Errorf("remove the stale socket: %w", err)
+	}
+	if listener, err = net.Listen("unix", socket); err != nil {
+		return killed, nil, fmt.Errorf("listen on the plugin socket: %w", err)
+	}
+	return killed, listener, nil
+}
+
 // serveSidecar answers CNPG-I requests on a unix socket until ctx ends. Then backups are
 // cancelled (they clean up and record that they failed), and WAL files in flight may finish.
-func serveSidecar(ctx context.Context, socket string, walFiles *walService) error {
+func serveSidecar(ctx context.Context, listener net.Listener, walFiles *walService) error {
 	source, pgdata, report := walFiles.source, walFiles.pgdata, walFiles.report
-	// A socket left behind by a killed predecessor would refuse connections for ever.
-	err := os.Remove(socket)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the stale socket: %w", err)
-	}
-	report.killed = err == nil
-	listener, err := net.Listen("unix", socket)
-	if err != nil {
-		return fmt.Errorf("listen on the plugin socket: %w", err)
-	}
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(logRequests, recoverPanics, cancelBackups(ctx)))
 	identity.RegisterIdentityServer(server, announce(
 		identity.PluginCapability_Service_TYPE_WAL_SERVICE,
@@ -148,9 +158,9 @@ func serveSidecar(ctx context.Context, socket string, walFiles *walService) erro
 	defer housekeeping.Wait()
 	defer cancel()
 	housekeeping.Go(func() { report.housekeep(ctx, walFiles.instance) })
-	slog.Info("Serving", "socket", socket, "pgdata", pgdata, "version", version)
+	slog.Info("Serving", "socket", listener.Addr().String(), "pgdata", pgdata, "version", version)
 	if err := serveGRPC(ctx, server, listener, stopGrace); err != nil {
-		return fmt.Errorf("serve %s: %w", socket, err)
+		return fmt.Errorf("serve %s: %w", listener.Addr(), err)
 	}
 	return nil
 }
