@@ -987,9 +987,12 @@ func (o *operator) judge(ctx context.Context, store *ObjectStore) (metav1.Condit
 	if err == nil {
 		fs, _, _, _, _ := sidecarFlags()
 		fs.SetOutput(io.Discard)
-		fs.String("log-level", "", "")
+		fs.String("log-level", "", "") // those of logging, without their effect on this process
 		fs.String("log-format", "", "")
-		if err = fs.Parse(store.Spec.InstanceSidecarConfiguration.AdditionalContainerArgs); err != nil {
+		if err = fs.Parse(store.Spec.InstanceSidecarConfiguration.AdditionalContainerArgs); err == nil && fs.NArg() > 0 {
+			err = fmt.Errorf("%q is no flag", fs.Arg(0))
+		}
+		if err != nil {
 			err = fmt.Errorf("ObjectStore %s: additionalContainerArgs: %w: no sidecar starts with that", store.Name, err)
 		}
 	}

@@ -1344,6 +1344,7 @@ func TestAPIJudgesObjectStores(t *testing.T) {
 		"argument":      {"configuration: {data: {additionalCommandArgs: [--frobnicate=1]}}", "InvalidConfiguration", []string{"data.additionalCommandArgs", "frobnicate"}},
 		"wal-argument":  {"configuration: {wal: {restoreAdditionalCommandArgs: [--read-timeout=soon]}}", "InvalidConfiguration", []string{"wal.restoreAdditionalCommandArgs", "soon"}},
 		"sidecar-args":  {"instanceSidecarConfiguration: {additionalContainerArgs: [--log-format=json, --frobnicate]}", "InvalidConfiguration", []string{"additionalContainerArgs", "frobnicate"}},
+		"sidecar-word":  {"instanceSidecarConfiguration: {additionalContainerArgs: [frobnicate]}", "InvalidConfiguration", []string{"additionalContainerArgs", "frobnicate", "no flag"}},
 		"endpoint":      {"configuration: {endpointURL: 'minio:9000'}", "InvalidConfiguration", []string{"endpointURL", "minio:9000", "http://"}},
 		"old-xz":        {"configuration: {data: {compression: xz}}", "InvalidConfiguration", []string{"data.compression: xz is for WAL only"}},
 		"old-codec":     {"configuration: {wal: {compression: rar}}", "InvalidConfiguration", []string{"wal.compression", "rar"}},
