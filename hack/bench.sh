@@ -2,8 +2,8 @@
 # bench.sh - measure this program side by side with Barman's cloud programs, pgBackRest and
 # the AWS SDK alone, and write the tables into BENCHMARKS.md between its markers. The
 # environment may say BENCH_SCALE (of pgbench; 135, which is 2 GB), BENCH_ROUNDS (5), BENCH_SEGMENTS (64),
-# BENCH_ONLY (an expression, of: start, one segment, many segments, base backup; then the
-# tables are only printed) and TMPDIR, whose disk is measured and needs 15 GB.
+# BENCH_ONLY (an expression, of: start, one segment, many segments, base backup) and
+# BENCH_ACTIONS (an expression, of names in the tables), with which the tables are only printed, and TMPDIR, whose disk is measured and needs 15 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,7 +22,7 @@ if [ "$(id -u)" = 0 ]; then # PostgreSQL refuses root
 fi
 # -C / : the working directory need not be one that user postgres may enter
 "${as[@]}" env -C / "$tmp/bench" --dir "$tmp" --pg "$pg" --scale "${BENCH_SCALE:-135}" --rounds "${BENCH_ROUNDS:-5}" \
-  --segments "${BENCH_SEGMENTS:-64}" --only "${BENCH_ONLY:-}" >"$tmp/tables" || { tail -n 20 "$tmp"/*.log >&2; exit 1; }
+  --segments "${BENCH_SEGMENTS:-64}" --only "${BENCH_ONLY:-}" --actions "${BENCH_ACTIONS:-}" >"$tmp/tables" || { tail -n 20 "$tmp"/*.log >&2; exit 1; }
 cat "$tmp/tables"
-[ -z "${BENCH_ONLY:-}" ] || exit 0
+[ -z "${BENCH_ONLY:-}${BENCH_ACTIONS:-}" ] || exit 0
 sed -i -e '/^<!-- make bench: begin -->$/,/^<!-- make bench: end -->$/ {/^<!-- make bench: begin/r '"$tmp/tables" -e '/^<!-- make bench/!d}' BENCHMARKS.md

@@ -44,6 +44,7 @@ type bench struct {
 	scale    int
 	segments int // of the test with many
 	only     *regexp.Regexp
+	actions  *regexp.Regexp
 
 	servers []*os.Process // what is not part of any tool
 	wal     []string      // names of the segments
@@ -59,8 +60,9 @@ func main() {
 	flag.IntVar(&b.scale, "scale", 135, "of pgbench; 135 is 2 GB")
 	flag.IntVar(&b.segments, "segments", 64, "how many WAL segments are archived in a row")
 	only := flag.String("only", "", "measure only what matches this `expression`")
+	actions := flag.String("actions", "", "in each step, measure only the actions whose names match this `expression`")
 	flag.Parse()
-	b.only = regexp.MustCompile(*only)
+	b.only, b.actions = regexp.MustCompile(*only), regexp.MustCompile(*actions)
 	err := b.run()
 	for _, p := range slices.Backward(b.servers) {
 		p.Signal(unix.SIGINT)
@@ -144,6 +146,7 @@ type table struct {
 // warmup there is a round before them which is not timed, in which memory is watched
 // closely; otherwise it is watched loosely in all of them.
 func (b *bench) measure(title string, rounds int, warmup bool, actions ...*action) error {
+	actions = slices.DeleteFunc(slices.Clone(actions), func(a *action) bool { return !b.actions.MatchString(a.name) })
 	b.tables = append(b.tables, &table{title, actions})
 	first, interval := 0, 100*time.Millisecond
 	if warmup {
