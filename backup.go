@@ -75,12 +75,13 @@ const (
 
 // The shape of the archives. A data archive is closed, and the next one opened, at
 // maxArchiveSize bytes or before it can reach S3's limit of 10,000 parts. The memory of
-// a backup is jobs x 2 parts (one is being filled while one is on its way), and about
+// a backup is jobs x 2 parts (each of which is being filled or on its way), and about
 // two MiB of buffers for each job: with small parts it is below 64 MiB for the whole
 // process, and 16 GiB are still only 3,277 of them.
 const (
 	maxArchiveSize   = 16 << 30
 	maxArchiveParts  = 9_500   // leaves room for the last file
+	archiveParts     = 2       // of one archive in memory at once: being filled, or on their way
 	bandwidthBurst   = 1 << 20 // bytes that --max-bandwidth lets through at once
 	directoryBatch   = 1000    // directory entries read at once
 	oldestPostgreSQL = 13
@@ -1489,7 +1490,7 @@ func (b *baseBackup) openArchive(ctx context.Context, tree string, first int64) 
 	args := &b.store.data
 	part := max(args.MinChunkSize, minPartSize, first/maxArchiveParts+1)
 	a.limit = min(cmp.Or(args.MaxArchiveSize, maxArchiveSize), maxArchiveParts*part)
-	a.object = b.store.NewWriter(ctx, a.key, putOptions{Data: true, PartSize: int(part), Workers: 1, Limiter: b.limiter})
+	a.object = b.store.NewWriter(ctx, a.key, putOptions{Data: true, PartSize: int(part), Parts: archiveParts, Limiter: b.limiter})
 	var err error
 	if a.codec, err = b.codec.compress(archiveCounter{a}, args.CompressionLevel); err != nil {
 		a.object.Abort()

@@ -1408,7 +1408,7 @@ type putOptions struct {
 	Data     bool              // base backup rather than WAL: chooses encryption and arguments
 	History  bool              // timeline history file: chooses the tags
 	PartSize int               // bytes; an object of at most this size is sent in one request
-	Workers  int               // parts in flight at once; at most Workers+1 parts are in memory
+	Parts    int               // parts in memory at once; all but the one being filled are in flight
 	Limiter  *rate.Limiter
 	Memory   *semaphore.Weighted // bytes that all writers with this budget share; nil: no limit but the parts
 }
@@ -1462,9 +1462,9 @@ func withPayloadSum(sum string) func(*s3.Options) {
 // the object is durable, or by Abort, after which nothing of it remains.
 func (s *Store) NewWriter(ctx context.Context, key string, o putOptions) *objectWriter {
 	o.PartSize = max(o.PartSize, minPartSize)
-	o.Workers = max(o.Workers, 1)
+	o.Parts = max(o.Parts, 1)
 	ctx, cancel := context.WithCancelCause(ctx)
-	return &objectWriter{ctx: ctx, cancel: cancel, store: s, key: key, o: o, slots: make(chan struct{}, o.Workers), part: &partBuffer{budget: o.Memory}}
+	return &objectWriter{ctx: ctx, cancel: cancel, store: s, key: key, o: o, slots: make(chan struct{}, o.Parts), part: &partBuffer{budget: o.Memory}}
 }
 
 // objectWriter sends an object part by part while it is being written, or in one
@@ -1479,7 +1479,7 @@ type objectWriter struct {
 
 	part     *partBuffer
 	uploadID *string
-	slots    chan struct{} // one token per part in flight
+	slots    chan struct{} // one token per part in memory
 	workers  sync.WaitGroup
 	mu       sync.Mutex
 	parts    []s3types.CompletedPart
@@ -1492,6 +1492,9 @@ func (w *objectWriter) Write(p []byte) (int, error) {
 		err := context.Cause(w.ctx)
 		if err == nil && w.part.size == w.o.PartSize {
 			err = w.flush()
+		}
+		if err == nil && w.part.size == 0 {
+			err = w.awaitSlot()
 		}
 		n := min(len(p)-done, w.o.PartSize-w.part.size)
 		if err == nil {
@@ -1507,7 +1510,17 @@ func (w *objectWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// flush hands the current part to a worker, waiting for a free one.
+// awaitSlot waits until another part may be in memory.
+func (w *objectWriter) awaitSlot() error {
+	select {
+	case w.slots <- struct{}{}:
+		return nil
+	case <-w.ctx.Done():
+		return context.Cause(w.ctx)
+	}
+}
+
+// flush hands the current part to a worker.
 func (w *objectWriter) flush() error {
 	if w.uploadID == nil {
 		input := &s3.CreateMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata}
@@ -1533,11 +1546,6 @@ func (w *objectWriter) flush() error {
 	w.mu.Lock()
 	w.parts = append(w.parts, s3types.CompletedPart{})
 	w.mu.Unlock()
-	select {
-	case w.slots <- struct{}{}:
-	case <-w.ctx.Done():
-		return context.Cause(w.ctx)
-	}
 	part := w.part
 	w.part = &partBuffer{budget: w.o.Memory}
 	w.workers.Go(func() {

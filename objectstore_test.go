@@ -24,6 +24,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -443,7 +444,7 @@ func TestWriter(t *testing.T) {
 		content := random(t, c.size)
 		key := store.key("base", "x", c.name)
 		late := map[string]string{"sum": "1"}
-		w := store.NewWriter(t.Context(), key, putOptions{PartSize: part, Workers: 3, Metadata: late})
+		w := store.NewWriter(t.Context(), key, putOptions{PartSize: part, Parts: 4, Metadata: late})
 		for rest := content; len(rest) > 0; {
 			n := min(len(rest), 777_777)
 			if _, err := w.Write(rest[:n]); err != nil {
@@ -516,7 +517,7 @@ func TestWriterLeavesNothing(t *testing.T) {
 			store := testStoreAt(t, s, proxy.Endpoint, bucket, "main")
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			w := store.NewWriter(ctx, "key", putOptions{PartSize: minPartSize, Workers: 2})
+			w := store.NewWriter(ctx, "key", putOptions{PartSize: minPartSize, Parts: 3})
 			if _, err := w.Write(content); err != nil {
 				t.Fatal(err)
 			}
@@ -597,6 +598,44 @@ func TestWriterBehindAGateway(t *testing.T) {
 		if left := append(s.keys(t, bucket, ""), s.uploads(t, bucket)...); len(left) > 0 {
 			t.Errorf("%s: left %q", name, left)
 		}
+	}
+}
+
+// All parts that may be in memory are on their way together, and no more than those.
+func TestWriterPartsInFlight(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	upstream, err := url.Parse(s.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const parts = 2
+	var now, most atomic.Int32
+	slow := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Has("partNumber") {
+			n := now.Add(1)
+			defer now.Add(-1)
+			for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+			}
+			for range 100 { // none ends before as many as may have begun; one more would have the time to begin
+				time.Sleep(50 * time.Millisecond)
+				if most.Load() >= parts {
+					break
+				}
+			}
+		}
+		httputil.NewSingleHostReverseProxy(upstream).ServeHTTP(w, r)
+	}))
+	defer slow.Close()
+	content := random(t, 6*minPartSize+1)
+	w := testStoreAt(t, s, slow.URL, bucket, "main").NewWriter(t.Context(), "key", putOptions{PartSize: minPartSize, Parts: parts})
+	if _, err := w.Write(content); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := s.read(t, bucket, "key"); most.Load() != parts || !bytes.Equal(got, content) {
+		t.Errorf("%d parts were in flight at once, not %d; %d bytes of %d, or they differ", most.Load(), parts, len(got), len(content))
 	}
 }
 
@@ -701,7 +740,7 @@ func TestWriterThroughFaults(t *testing.T) {
 			store := testStoreAt(t, s, proxy.Endpoint, bucket, "main")
 			f := proxy.add(c.f)
 			content := random(t, c.size)
-			c.o.PartSize, c.o.Workers = minPartSize, 2
+			c.o.PartSize, c.o.Parts = minPartSize, 3
 			w := store.NewWriter(t.Context(), "key", c.o)
 			_, err := w.Write(content)
 			if err == nil {

@@ -290,7 +290,7 @@ const (
 	walSinglePut  = 16 << 20
 	walSinglePart = walSinglePut + 1<<20
 	walPartSize   = minPartSize
-	walWorkers    = 2
+	walParts      = 3
 	// However many files are in flight, walCompressing of them are being compressed, and all
 	// together have walMemory bytes. That is enough for those at their worst, so that they
 	// come to their ends, and to the end of a transfer the others come by themselves.
@@ -375,7 +375,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		o.Metadata[contentSum] = sum
 	}
 	if parts {
-		o.PartSize, o.Workers = walPartSize, walWorkers
+		o.PartSize, o.Parts = walPartSize, walParts
 	}
 	w := s.NewWriter(ctx, key, o)
 	defer w.Abort()
