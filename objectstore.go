@@ -13,14 +13,14 @@ import (
 	"cmp"
 	"compress/bzip2"
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"hash"
+	"hash/crc32"
 	"io"
 	"iter"
 	"log/slog"
@@ -43,7 +43,6 @@ import (
 	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
 	"github.com/aws/aws-sdk-go-v2/aws/ratelimit"
 	"github.com/aws/aws-sdk-go-v2/aws/retry"
-	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/credentials"
@@ -1016,9 +1015,10 @@ func (s *Store) URL(key string) string { return "s3://" + s.bucket + "/" + key }
 // Objects
 // ---------------------------------------------------------------------------
 
-// contentSum is the name of the user metadata under which our objects carry the
-// SHA-256 of their uncompressed content, in hex. Barman ignores user metadata.
-const contentSum = "content-sha256"
+// contentSum is the name of the user metadata under which our objects carry the CRC-32C of
+// their uncompressed content, in hex: every processor of today computes it faster than it
+// reads, and it is there to find damage, not forgery. Barman ignores user metadata.
+const contentSum = "content-crc32c"
 
 // object is one entry of a listing.
 type object struct {
@@ -1421,41 +1421,24 @@ const maxParts = 10_000
 
 // Put stores a small object in one request.
 func (s *Store) Put(ctx context.Context, key string, content []byte, o putOptions) error {
-	return s.put(ctx, key, bytes.NewReader(content), "", o)
+	return s.put(ctx, key, bytes.NewReader(content), o)
 }
 
-// put stores an object in one request. sum is the SHA-256 of the body in hex where it is known.
-func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, sum string, o putOptions) error {
+// put stores an object in one request.
+func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOptions) error {
 	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata}
 	input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = s.encryptionAndTags(o)
-	var options []func(*s3.Options)
-	// Without TLS the SDK signs the SHA-256 of the body, and reads it once more for that.
-	if sum != "" && strings.HasPrefix(s.Config.Configuration.EndpointURL, "http:") {
-		options = append(options, withPayloadSum(sum))
-	}
 	return s.conditionally(o.IfAbsent, func(condition *string) error {
 		if _, err := body.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
 		input.IfNoneMatch, input.Body = condition, body
-		out, err := s.client.PutObject(ctx, input, options...)
+		out, err := s.client.PutObject(ctx, input)
 		if err == nil && out.ETag == nil {
 			err = errNotS3
 		}
 		return s.wrap("put", key, err)
 	})
-}
-
-// withPayloadSum tells the SDK the SHA-256 of the body that it is to sign.
-func withPayloadSum(sum string) func(*s3.Options) {
-	return func(o *s3.Options) {
-		o.APIOptions = append(o.APIOptions, func(stack *middleware.Stack) error {
-			return stack.Initialize.Add(middleware.InitializeMiddlewareFunc("KnownPayloadSHA256",
-				func(ctx context.Context, in middleware.InitializeInput, next middleware.InitializeHandler) (middleware.InitializeOutput, middleware.Metadata, error) {
-					return next.HandleInitialize(v4.SetPayloadHash(ctx, sum), in)
-				}), middleware.Before)
-		})
-	}
 }
 
 // NewWriter starts writing an object. The writer must be ended by Close, after which
@@ -1599,7 +1582,7 @@ func (w *objectWriter) Close() (err error) {
 		if err := w.throttle(w.part.size); err != nil {
 			return err
 		}
-		return w.store.put(w.ctx, w.key, io.NewSectionReader(w.part, 0, int64(w.part.size)), "", w.o)
+		return w.store.put(w.ctx, w.key, io.NewSectionReader(w.part, 0, int64(w.part.size)), w.o)
 	}
 	if w.part.size > 0 {
 		if err := w.flush(); err != nil {
@@ -1914,11 +1897,13 @@ func checkStore(ctx context.Context, s *Store, tell func(what, note string, err 
 	tellOf("list uploads", "s3:ListBucketMultipartUploads", err)
 }
 
-// sumOf is the SHA-256 of content in hex.
+// sumOf is the checksum of content under contentSum.
 func sumOf(content []byte) string {
-	sum := sha256.Sum256(content)
-	return hex.EncodeToString(sum[:])
+	return fmt.Sprintf("%08x", crc32.Checksum(content, castagnoli))
 }
+
+// hexSum is a checksum of what has passed as it stands under contentSum.
+func hexSum(sum hash.Hash32) string { return fmt.Sprintf("%08x", sum.Sum32()) }
 
 // ---------------------------------------------------------------------------
 // Compression codecs
@@ -1994,6 +1979,19 @@ var codecs = []*codec{
 		newReader: func(r io.Reader) (io.Reader, error) {
 			return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(zstdMaxWindow))
 		}},
+}
+
+// fullReader fills what it is given, up to the end: what it comes from has small pieces, such
+// as the records of TLS, and each costs whoever takes it.
+type fullReader struct{ io.Reader }
+
+func (r fullReader) Read(b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var more int
+		more, err = r.Reader.Read(b[n:])
+		n += more
+	}
+	return n, err
 }
 
 // zstdWriter gives its encoder, whose tables are expensive to make, back to the pool.

@@ -8,12 +8,10 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -369,9 +367,14 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	// that is sent as it is, in one request, is read twice rather than kept in memory.
 	parts, asIs := size > walSinglePut, codec.name == "" && size <= walSinglePut
 	if parts || asIs {
-		if sum, err = sumFile(f); err != nil {
+		read := crc32.New(castagnoli)
+		if _, err = io.CopyBuffer(read, struct{ io.Reader }{f}, make([]byte, copyBufferSize)); err == nil {
+			_, err = f.Seek(0, io.SeekStart)
+		}
+		if err != nil {
 			return err
 		}
+		sum = hexSum(read)
 		o.Metadata[contentSum] = sum
 	}
 	if parts {
@@ -381,7 +384,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	defer w.Abort()
 	send, stored := w.Close, &w.size
 	if asIs {
-		send, stored = func() error { return s.put(ctx, key, io.NewSectionReader(f, 0, size), sum, o) }, &size
+		send, stored = func() error { return s.put(ctx, key, io.NewSectionReader(f, 0, size), o) }, &size
 	} else {
 		read, err := compressFile(w, f, codec, s.walArchive.CompressionLevel)
 		if err != nil {
@@ -390,7 +393,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		if parts && sum != read {
 			return fmt.Errorf("%s changed while it was being read", file)
 		}
-		sum, o.Metadata[contentSum] = read, read
+		o.Metadata[contentSum] = read
 	}
 	compressed()
 
@@ -399,7 +402,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	}
 	if len(there) > 0 {
 		w.Abort()
-		if err := sameContent(ctx, s, name, there, f, sum); err != nil {
+		if err := sameContent(ctx, s, name, there, f); err != nil {
 			return err
 		}
 		slog.Info("WAL file was in the archive already, with the same content", "walName", name.Name)
@@ -415,7 +418,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		if listErr != nil || len(there) == 0 {
 			return err
 		}
-		if err := sameContent(ctx, s, name, there, f, sum); err != nil {
+		if err := sameContent(ctx, s, name, there, f); err != nil {
 			return err
 		}
 	}
@@ -443,72 +446,59 @@ func walFileSize(f *os.File, name walName) (int64, error) {
 	return info.Size(), nil
 }
 
-// compressFile writes a file to w through a codec and returns the SHA-256 of its content in hex.
+// compressFile writes a file to w through a codec and returns the checksum of its content.
 func compressFile(w io.Writer, f *os.File, c *codec, level string) (string, error) {
 	z, err := c.compress(w, level)
 	if err != nil {
 		return "", err
 	}
-	summed := &sumWriter{z, sha256.New()}
-	_, err = io.CopyBuffer(summed, struct{ io.Reader }{f}, make([]byte, copyBufferSize))
+	sum := crc32.New(castagnoli)
+	_, err = io.CopyBuffer(io.MultiWriter(z, sum), struct{ io.Reader }{f}, make([]byte, copyBufferSize))
 	if closeErr := z.Close(); err == nil {
 		err = closeErr
 	}
-	return hex.EncodeToString(summed.sum.Sum(nil)), err
+	return hexSum(sum), err
 }
 
-// sumWriter computes a checksum of what passes through it to w, on another core meanwhile.
-type sumWriter struct {
-	w   io.Writer
-	sum hash.Hash
-}
-
-func (s *sumWriter) Write(p []byte) (int, error) {
-	summed := make(chan struct{})
-	go func() { s.sum.Write(p); close(summed) }()
-	n, err := s.w.Write(p)
-	<-summed
-	return n, err
-}
-
-// sumFile is the SHA-256 of a file in hex; the file is then at its beginning again.
-func sumFile(f *os.File) (string, error) {
-	sum := sha256.New()
-	if _, err := io.Copy(sum, f); err != nil {
-		return "", err
+// sameContent compares what the archive holds under a name with the local file, byte by
+// byte: nil when every form of it has the same uncompressed content, errDifferent when one has not.
+func sameContent(ctx context.Context, s *Store, name walName, objects []walObject, f *os.File) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
 	}
-	_, err := f.Seek(0, io.SeekStart)
-	return hex.EncodeToString(sum.Sum(nil)), err
-}
-
-// sameContent compares what the archive holds under a name with the local file: nil when
-// every form of it has the same uncompressed content, errDifferent when one has not.
-func sameContent(ctx context.Context, s *Store, name walName, objects []walObject, f *os.File, sum string) error {
 	for _, o := range objects {
-		h, err := s.Head(ctx, o.Key)
-		if err != nil {
+		local := &comparison{f: f}
+		header, size, err := readWAL(ctx, s, o, local)
+		switch {
+		case errors.Is(err, errDamaged):
+			return fmt.Errorf("%w, which cannot be read: %w. Nothing was overwritten; if it is not needed, remove the object", errDifferent, err)
+		case err != nil:
 			return err
-		}
-		theirs := h.Metadata[contentSum]
-		var header []byte
-		if theirs == "" || theirs != sum { // written by Barman, or a refusal that wants an explanation
-			stored := sha256.New()
-			if header, _, err = readWAL(ctx, s, o, stored); err != nil {
-				if !errors.Is(err, errDamaged) {
-					return err
-				}
-				return fmt.Errorf("%w, which cannot be read: %w. Nothing was overwritten; if it is not needed, remove the object", errDifferent, err)
-			}
-			if theirs == "" {
-				theirs = hex.EncodeToString(stored.Sum(nil))
-			}
-		}
-		if theirs != sum {
-			return fmt.Errorf("%w: %s has SHA-256 %s, %s has %s. %s", errDifferent, s.URL(o.Key), theirs, f.Name(), sum,
-				explainDifference(name, header, f))
+		case local.different || size != info.Size():
+			return fmt.Errorf("%w: %s is not what %s has. %s", errDifferent, s.URL(o.Key), f.Name(), explainDifference(name, header, f))
 		}
 	}
 	return nil
+}
+
+// comparison notes whether what is written to it differs from a file.
+type comparison struct {
+	f         *os.File
+	local     []byte
+	size      int64
+	different bool
+}
+
+func (c *comparison) Write(b []byte) (int, error) {
+	c.local = slices.Grow(c.local[:0], len(b))[:len(b)]
+	n, err := c.f.ReadAt(c.local, c.size)
+	if err != nil && err != io.EOF {
+		return 0, err
+	}
+	c.different = c.different || !bytes.Equal(c.local[:n], b)
+	c.size += int64(len(b))
+	return len(b), nil
 }
 
 // checkSystem refuses to continue the archive of another database system. A major upgrade in
@@ -906,15 +896,11 @@ func checkEmptyArchive(ctx context.Context, s *Store, file string) error {
 		return err
 	}
 	defer f.Close()
-	sum, err := sumFile(f)
-	if err != nil {
-		return err
-	}
 	name, err := parseWALName(filepath.Base(file))
 	if err != nil {
 		return err
 	}
-	if err := sameContent(ctx, s, name, own, f, sum); err != nil {
+	if err := sameContent(ctx, s, name, own, f); err != nil {
 		return fmt.Errorf("%w: %w", errArchiveNotEmpty, err)
 	}
 	return nil
@@ -1061,8 +1047,6 @@ const maxWALFile = 1 << 30
 // bytes and its size. errDamaged means that it cannot be decompressed, is too long, or does
 // not have the checksum that it carries.
 func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []byte, size int64, err error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	r, err := s.Get(ctx, o.Key)
 	if err != nil {
 		return nil, 0, err
@@ -1073,42 +1057,21 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 	if err != nil {
 		return nil, 0, err
 	}
-	// One core decompresses, another one sums and writes, in large pieces.
-	decompressed, pipe := io.Pipe()
-	var decompression sync.WaitGroup
-	decompression.Go(func() {
-		_, err := io.CopyBuffer(struct{ io.Writer }{pipe}, fullReader{io.LimitReader(z, maxWALFile+1)}, make([]byte, copyBufferSize))
-		pipe.CloseWithError(err) // nil is the end of the file
-	})
-	defer func() { decompressed.Close(); cancel(); decompression.Wait() }()
-	content := bufio.NewReader(decompressed)
+	content := bufio.NewReader(fullReader{io.LimitReader(z, maxWALFile+1)})
 	first, _ := content.Peek(walLongHeaderSize) // less than that is told by Copy
 	header = slices.Clone(first)
-	summed := &sumWriter{w, sha256.New()}
-	size, err = io.CopyBuffer(summed, struct{ io.Reader }{content}, make([]byte, copyBufferSize))
+	sum := crc32.New(castagnoli)
+	size, err = io.CopyBuffer(io.MultiWriter(w, sum), struct{ io.Reader }{content}, make([]byte, copyBufferSize))
 	switch {
 	case err != nil:
 		return nil, 0, err
 	case size > maxWALFile:
 		return nil, 0, fmt.Errorf("more than %d bytes", maxWALFile)
 	}
-	if want := r.Metadata[contentSum]; want != "" && want != hex.EncodeToString(summed.sum.Sum(nil)) {
-		return nil, 0, fmt.Errorf("its content does not have the SHA-256 %s that it was stored with", want)
+	if want := r.Metadata[contentSum]; want != "" && want != hexSum(sum) {
+		return nil, 0, fmt.Errorf("its content does not have the CRC-32C %s that it was stored with", want)
 	}
 	return header, size, nil
-}
-
-// fullReader fills what it is given, up to the end: what it comes from has small pieces, such
-// as the records of TLS, and each costs whoever takes it.
-type fullReader struct{ io.Reader }
-
-func (r fullReader) Read(b []byte) (n int, err error) {
-	for n < len(b) && err == nil {
-		var more int
-		more, err = r.Reader.Read(b[n:])
-		n += more
-	}
-	return n, err
 }
 
 // judged names an object in an error of its reading. One that is neither of the transport
