@@ -612,7 +612,15 @@ func (b *bench) sdk(args ...string) error {
 	return b.call(b.path("sdkalone"), append([]string{args[0], "bench"}, args[1:]...)...)
 }
 
-const ours, barman, pgbackrest, sdk = "cnpg-barman-s3 ", "Barman ", "pgBackRest ", "SDK alone"
+// sdkPlain is sdk that sends no checksums, as ours does to whatever is not AWS.
+func (b *bench) sdkPlain(args ...string) error {
+	return b.call("env", append([]string{"AWS_REQUEST_CHECKSUM_CALCULATION=when_required", b.path("sdkalone"), args[0], "bench"}, args[1:]...)...)
+}
+
+const (
+	ours, barman, pgbackrest = "cnpg-barman-s3 ", "Barman ", "pgBackRest "
+	sdk, sdkPlain            = "SDK alone", "SDK without checksums"
+)
 
 var barmanOption = map[string][]string{"none": nil, "gzip": {"--gzip"}, "bzip2": {"--bzip2"}}
 
@@ -700,6 +708,7 @@ func (b *bench) benchSegment() error {
 	}
 	add(sdk, 0, nil, "sdk", func(n int) error { return b.sdk("put", "sdk/"+filepath.Base(segment(n)), segment(n)) },
 		func(n int) error { return b.sdk("get", "sdk/"+filepath.Base(segment(n)), fetched) })
+	add(sdkPlain, 0, nil, "sdk-plain", func(n int) error { return b.sdkPlain("put", "sdk-plain/"+filepath.Base(segment(n)), segment(n)) }, nil)
 
 	rounds := min(2*b.rounds+1, len(b.wal)-1)
 	if err := b.measure(title+": archive", rounds, true, archive...); err != nil {
@@ -943,7 +952,12 @@ func (b *bench) benchBase() error {
 	if err := b.call("tar", "-C", data, "--exclude=./pg_wal/*", "-cf", tar, "."); err != nil {
 		return err
 	}
-	add(sdk+", the same bytes as one file", "sdk-base", 0, nil, func(int) error { return b.sdk("put", "sdk-base/data.tar", tar) }, nil)
+	const oneFile = ", the same bytes as one file"
+	add(sdk+oneFile, "sdk-base", 0, nil, func(int) error { return b.sdk("put", "sdk-base/data.tar", tar) }, nil)
+	add(sdkPlain+oneFile, "sdk-plain-base", 0, nil, func(int) error { return b.sdkPlain("put", "sdk-plain-base/data.tar", tar) }, nil)
+	restore = append(restore, &action{name: sdk + oneFile, do: func(int) error {
+		return sync(b.sdk("get", "sdk-base/data.tar", b.path("restored")), b.path("restored"))
+	}, after: func(int) error { return os.Remove(b.path("restored")) }})
 
 	if err := b.measure(fmt.Sprintf("%s of %d MB", title, b.pgbytes/1e6), b.rounds, false, backup...); err != nil {
 		return err
@@ -1035,6 +1049,7 @@ func (b *bench) targets() {
 		compare(archive, codec, barman, 0.15, "CPU s", cpu, 0)
 	}
 	compare(archive, "none", sdk, 1.1, "s", seconds, 0)
+	compare(archive, "none", sdkPlain, 1.1, "s", seconds, 0)
 	for _, codec := range codecs {
 		compare(restore, codec, barman, 0.1, "s", seconds, 0)
 		compare(restore, codec, peers[codec], 0.9, "s", seconds, 0)
@@ -1058,6 +1073,7 @@ func (b *bench) targets() {
 		compare("Base backup", codec, peers[codec], 0.6, "s", seconds, floor("Base backup"))
 	}
 	compare("Base backup", "none", sdk, 1.1, "s", seconds, 0)
+	compare("Base backup", "none", sdkPlain, 1.1, "s", seconds, 0)
 	for _, codec := range codecs {
 		compare("Restore", codec, barman, 0.7, "s", seconds, floor("Restore"))
 		compare("Restore", codec, peers[codec], 0.7, "s", seconds, floor("Restore"))
