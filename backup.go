@@ -207,6 +207,7 @@ type baseBackup struct {
 	required []string // the WAL files that the backup needs, oldest first
 	last     *archive // the data archive of the highest number, open for what comes last
 
+	closing  sync.WaitGroup // archives on their way to their end, besides the last one
 	mu       sync.Mutex
 	archives []*archive
 }
@@ -368,6 +369,7 @@ func (b *baseBackup) commit(ctx context.Context) error {
 func (b *baseBackup) undo(ctx context.Context, cause error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*cleanupTimeout)
 	defer cancel()
+	b.closing.Wait() // which ctx has ended
 	var workers sync.WaitGroup
 	for _, a := range b.archives {
 		workers.Go(a.abort)
@@ -394,6 +396,10 @@ func (b *baseBackup) undo(ctx context.Context, cause error) {
 // checkArchives compares what the bucket lists with what was sent, before anything calls
 // the backup done, and adds it up.
 func (b *baseBackup) checkArchives(ctx context.Context) error {
+	b.closing.Wait()
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
 	sizes := map[string]int64{}
 	for o, err := range b.store.List(ctx, b.store.baseKey(b.info.ID, "")) {
 		if err != nil {
@@ -995,9 +1001,8 @@ func (b *baseBackup) copyFiles(ctx context.Context) error {
 	})()
 	for _, t := range trees {
 		if b.last != nil {
-			if err := b.last.close(); err != nil {
-				return err
-			}
+			b.closeArchive(b.last)
+			b.closing.Wait() // for the memory
 		}
 		if err := b.copyTree(ctx, t); err != nil {
 			return err
@@ -1025,8 +1030,8 @@ func (b *baseBackup) copyFiles(ctx context.Context) error {
 }
 
 // copyTree stores a tree: its directories in the first archive, then its files by
-// several jobs at once, each into an archive of its own. It closes them all but the one
-// of the highest number, b.last.
+// several jobs at once, each into an archive of its own. It has them all closed but the
+// one of the highest number, b.last.
 func (b *baseBackup) copyTree(ctx context.Context, t *tree) error {
 	began := time.Now()
 	if err := t.findDirectories(t.top); err != nil {
@@ -1062,6 +1067,13 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) error {
 					fail(b.copyFile(ctx, t, &archives[job], name, buffer))
 				}
 			}
+			b.mu.Lock()
+			newest := b.archives[len(b.archives)-1]
+			b.mu.Unlock()
+			if a := archives[job]; a != nil && a != newest && ctx.Err() == nil { // the newest stays open
+				archives[job] = nil
+				b.closeArchive(a)
+			}
 		})
 	}
 	workers.Wait()
@@ -1071,12 +1083,21 @@ func (b *baseBackup) copyTree(ctx context.Context, t *tree) error {
 	b.last = b.archives[len(b.archives)-1]
 	for _, a := range archives {
 		if a != nil && a != b.last {
-			workers.Go(func() { fail(a.close()) })
+			b.closeArchive(a)
 		}
 	}
-	workers.Wait()
 	b.took = append(b.took, fmt.Sprintf("'%s': %.6f", t.name, time.Since(began).Seconds()))
 	return context.Cause(ctx)
+}
+
+// closeArchive has an archive closed in the background: a server may need as long for putting
+// the parts together as for taking them, and what comes next need not wait for that.
+func (b *baseBackup) closeArchive(a *archive) {
+	b.closing.Go(func() {
+		if err := a.close(); err != nil {
+			b.fail(err)
+		}
+	})
 }
 
 // copyFile stores one file of a tree in the job's archive, which it closes and replaces

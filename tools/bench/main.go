@@ -21,6 +21,7 @@ import (
 	"flag"
 	"fmt"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -142,9 +143,10 @@ type table struct {
 	actions []*action
 }
 
-// measure runs every action in each round, and begins each round with another one. With
-// warmup there is a round before them which is not timed, in which memory is watched
-// closely; otherwise it is watched loosely in all of them.
+// measure runs every action in each round, in an order of its own: what one leaves behind,
+// such as memory that the host has given, is the gain of the next. With warmup there is a
+// round before them which is not timed, in which memory is watched closely; otherwise it
+// is watched loosely in all of them.
 func (b *bench) measure(title string, rounds int, warmup bool, actions ...*action) error {
 	actions = slices.DeleteFunc(slices.Clone(actions), func(a *action) bool { return !b.actions.MatchString(a.name) })
 	b.tables = append(b.tables, &table{title, actions})
@@ -153,8 +155,8 @@ func (b *bench) measure(title string, rounds int, warmup bool, actions ...*actio
 		first, interval = -1, 3*time.Millisecond
 	}
 	for round := first; round < rounds; round++ {
-		for i := range actions {
-			a := actions[(i+max(round, 0))%len(actions)]
+		for _, i := range mathrand.New(mathrand.NewPCG(1, uint64(round))).Perm(len(actions)) {
+			a := actions[i]
 			if a.rounds > 0 && round >= a.rounds {
 				continue
 			}
