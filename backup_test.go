@@ -863,14 +863,34 @@ func TestBackupAcrossFaults(t *testing.T) {
 		t.Errorf("the restored table has %s rows", n)
 	}
 
+	// An archive that is put together in the background is as needed as the last one.
+	denied := proxy.add(fault{Method: "POST", Path: regexp.MustCompile(`/base/.*/data\.tar\?uploadId=`), Do: answerError, HTTP: 403, Code: "AccessDenied"})
+	store := testStoreAt(t, s, proxy.Endpoint, bucket, "main")
+	_, err := takeBackup(t.Context(), store, backupOptions{Connection: p.connection(), FastCheckpoint: true})
+	if !errors.Is(err, errDenied) || !strings.Contains(err.Error(), "/data.tar:") || proxy.hits(denied) == 0 {
+		t.Errorf("a backup whose first archive could not be completed: %v", err)
+	}
+	if left := s.uploads(t, bucket); len(left) > 0 {
+		t.Errorf("uploads are left: %q", left)
+	}
+	for _, key := range s.keys(t, bucket, "main/base/") {
+		if !strings.Contains(key, info.ID) && !strings.HasSuffix(key, "/backup.info") {
+			t.Errorf("%s is left of the failed backup", key)
+		}
+	}
+	proxy.clear()
+
 	gone := proxy.add(fault{Path: regexp.MustCompile(`.`), Do: resetRequest, Skip: 4})
-	_, err := takeBackup(t.Context(), testStoreAt(t, s, proxy.Endpoint, bucket, "main"), backupOptions{Connection: p.connection(), FastCheckpoint: true})
+	_, err = takeBackup(t.Context(), testStoreAt(t, s, proxy.Endpoint, bucket, "main"), backupOptions{Connection: p.connection(), FastCheckpoint: true})
 	if err == nil || !strings.Contains(err.Error(), "s3://"+bucket) || proxy.hits(gone) == 0 {
 		t.Errorf("a backup into a store that went away: %v", err)
 	}
 	catalog, err := testStoreFile(t, direct, "main").Catalog(t.Context())
-	if err != nil || len(catalog.Backups) != 1 {
-		t.Errorf("the catalog: %+v (%v)", catalog, err)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if done := slices.DeleteFunc(slices.Clone(catalog.Backups), func(b *BackupInfo) bool { return !b.Done() }); len(done) != 1 {
+		t.Errorf("the catalog: %+v", catalog)
 	}
 }
 
