@@ -1408,7 +1408,7 @@ type putOptions struct {
 	Data     bool              // base backup rather than WAL: chooses encryption and arguments
 	History  bool              // timeline history file: chooses the tags
 	PartSize int               // bytes; an object of at most this size is sent in one request
-	Parts    int               // parts in memory at once; all but the one being filled are in flight
+	Parts    int               // parts in memory at once, each of which is being filled or on its way
 	Limiter  *rate.Limiter
 	Memory   *semaphore.Weighted // bytes that all writers with this budget share; nil: no limit but the parts
 }
