@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -1057,11 +1056,9 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 	if err != nil {
 		return nil, 0, err
 	}
-	content := bufio.NewReader(fullReader{io.LimitReader(z, maxWALFile+1)})
-	first, _ := content.Peek(walLongHeaderSize) // less than that is told by Copy
-	header = slices.Clone(first)
+	var begin beginning
 	sum := crc32.New(castagnoli)
-	size, err = io.CopyBuffer(io.MultiWriter(w, sum), struct{ io.Reader }{content}, make([]byte, copyBufferSize))
+	size, err = io.CopyBuffer(io.MultiWriter(w, sum, &begin), fullReader{io.LimitReader(z, maxWALFile+1)}, make([]byte, copyBufferSize))
 	switch {
 	case err != nil:
 		return nil, 0, err
@@ -1071,7 +1068,15 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 	if want := r.Metadata[contentSum]; want != "" && want != hexSum(sum) {
 		return nil, 0, fmt.Errorf("its content does not have the CRC-32C %s that it was stored with", want)
 	}
-	return header, size, nil
+	return begin, size, nil
+}
+
+// beginning keeps what is written to it first: the header of a segment.
+type beginning []byte
+
+func (b *beginning) Write(p []byte) (int, error) {
+	*b = append(*b, p[:min(len(p), walLongHeaderSize-len(*b))]...)
+	return len(p), nil
 }
 
 // judged names an object in an error of its reading. One that is neither of the transport
