@@ -369,7 +369,7 @@ func (b *baseBackup) commit(ctx context.Context) error {
 func (b *baseBackup) undo(ctx context.Context, cause error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*cleanupTimeout)
 	defer cancel()
-	b.closing.Wait() // which ctx has ended
+	b.closing.Wait() // soon: their context is over
 	var workers sync.WaitGroup
 	for _, a := range b.archives {
 		workers.Go(a.abort)

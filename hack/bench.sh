@@ -3,7 +3,8 @@
 # the AWS SDK alone, and write the tables into BENCHMARKS.md between its markers. The
 # environment may say BENCH_SCALE (of pgbench; 135, which is 2 GB), BENCH_ROUNDS (5), BENCH_SEGMENTS (64),
 # BENCH_ONLY (an expression, of: start, one segment, many segments, base backup) and
-# BENCH_ACTIONS (an expression, of names in the tables), with which the tables are only printed, and TMPDIR, whose disk is measured and needs 15 GB.
+# BENCH_ACTIONS (an expression, of names in the tables), with which the tables are only
+# printed, and TMPDIR, whose disk is measured and needs 15 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

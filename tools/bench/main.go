@@ -143,8 +143,8 @@ type table struct {
 	actions []*action
 }
 
-// measure runs every action in each round, in an order of its own: what one leaves behind,
-// such as memory that the host has given, is the gain of the next. With warmup there is a
+// measure runs every action in each round, in an order of its own: the memory that one has
+// just freed is cheap for the next, which is not to be always the same. With warmup there is a
 // round before them which is not timed, in which memory is watched closely; otherwise it
 // is watched loosely in all of them.
 func (b *bench) measure(title string, rounds int, warmup bool, actions ...*action) error {
