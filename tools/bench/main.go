@@ -556,12 +556,20 @@ type sidecar struct {
 
 // startSidecar starts one for an ObjectStore; its log tells what it does. The name is the server's too.
 func (b *bench) startSidecar(name, path, codec string, parallel int) (*sidecar, error) {
+	if err := b.writeObjectStore(name, path, codec, parallel); err != nil {
+		return nil, err
+	}
+	return b.execSidecar(name)
+}
+
+// writeObjectStore writes what the sidecar and the client of this name read.
+func (b *bench) writeObjectStore(name, path, codec string, parallel int) error {
 	if codec == "none" {
 		codec = `""`
 	}
 	ca, err := os.ReadFile(b.path("ca.pem"))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	store := fmt.Sprintf(`apiVersion: barmancloud.cnpg.io/v1
 kind: ObjectStore
@@ -585,16 +593,17 @@ stringData: {id: %[5]s, secret: %[6]s, ca: %[7]q}
 	cluster := `{"apiVersion": "postgresql.cnpg.io/v1", "kind": "Cluster", "metadata": {"name": "pg", "namespace": "default"},
  "spec": {"plugins": [{"name": "barman-cloud.cloudnative-pg.io", "isWALArchiver": true, "parameters": {"barmanObjectName": "store"}}]},
  "status": {"currentPrimary": "pg-1"}}`
-	if err := errors.Join(os.WriteFile(b.path(name+".yaml"), []byte(store), 0o600), os.WriteFile(b.path(name+".json"), []byte(cluster), 0o600)); err != nil {
-		return nil, err
-	}
-	s := &sidecar{b: b, name: name}
-	s.process, err = b.start(b.path("cnpg-barman-s3"), "sidecar", "--objectstore", b.path(name+".yaml"), "--socket", b.path(name+".sock"),
+	return errors.Join(os.WriteFile(b.path(name+".yaml"), []byte(store), 0o600), os.WriteFile(b.path(name+".json"), []byte(cluster), 0o600))
+}
+
+func (b *bench) execSidecar(name string) (*sidecar, error) {
+	process, err := b.start(b.path("cnpg-barman-s3"), "sidecar", "--objectstore", b.path(name+".yaml"), "--socket", b.path(name+".sock"),
 		"--pgdata", b.path("pgdata"), "--spool", b.path("spool-"+name))
 	if err != nil {
 		return nil, err
 	}
-	return s, until("the sidecar", time.Millisecond, func() bool { return connects("unix", b.path(name+".sock")) })
+	s := &sidecar{b: b, name: name, process: process}
+	return s, until("the sidecar", 200*time.Microsecond, func() bool { return connects("unix", b.path(name+".sock")) })
 }
 
 // call makes one request, as a new process on a new connection, as the instance manager does.
@@ -640,7 +649,8 @@ func (b *bench) benchStart() error {
 		b.stop(s.process)
 		return nil
 	}
-	a.do = func(int) (err error) { s, err = b.startSidecar("start", "start", "gzip", 1); return err }
+	a.prepare = func(int) error { return b.writeObjectStore("start", "start", "gzip", 1) }
+	a.do = func(int) (err error) { s, err = b.execSidecar("start"); return err }
 	return b.measure("Sidecar: from exec to socket; idle", b.rounds, false, a)
 }
 
