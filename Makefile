@@ -1,10 +1,11 @@
 # Targets of people: build, demo, image, deploy-manifest.
-# Of the project: test, test-api, bench, bench-api, e2e; and their parts deps, tools, check, check-manifest.
+# Of the project: test, test-api, fuzz, bench, bench-api, e2e; and their parts deps, tools, check, check-manifest.
 
 VERSION   ?= 0.1.0
 ARCH      ?= amd64
 IMAGE     ?= localhost/cnpg-barman-s3:$(VERSION)
 NAMESPACE ?= cnpg-system
+FUZZTIME  ?= 1m
 
 # The time of every file in the image; the time of the last commit keeps it reproducible.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
@@ -12,7 +13,7 @@ export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 
 BINARY  := bin/cnpg-barman-s3
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build image deploy-manifest check-manifest test-api bench-api demo test test-versions e2e bench deps tools check
+.PHONY: build image deploy-manifest check-manifest test-api bench-api demo test test-versions fuzz e2e bench deps tools check
 
 # The static binary of this machine.
 build:
@@ -58,6 +59,14 @@ test: deps build tools check
 # The core of them with the other major versions of PostgreSQL, from npm.
 test-versions: deps tools
 	hack/versions.sh
+
+# What strangers can put into bucket and manifests, changed at random, FUZZTIME for each parser.
+# Without its limit Go makes the first input that is new to it shorter for a whole minute.
+fuzz:
+	@mkdir -p bin; for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
+	  go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x . >bin/fuzz.log || { cat bin/fuzz.log; exit 1; }; \
+	  echo "$$target: $$(grep execs: bin/fuzz.log | tail -1)"; \
+	done
 
 # The whole thing on the cluster of KUBECONFIG, which runs CloudNativePG, with the
 # manifests of examples/. e2e/run.sh says what can be set. The other architecture is only built.
