@@ -653,7 +653,7 @@ func (b *baseBackup) copyWAL(ctx context.Context) error {
 			continue
 		}
 		path := filepath.Join(dir, name)
-		if _, err := fetchWAL(ctx, b.o.Archive, w, path, 0, true); err != nil {
+		if _, _, err := fetchWAL(ctx, b.o.Archive, w, path, 0, true); err != nil {
 			return err
 		}
 		if err := archiveWAL(ctx, b.store, path); err != nil {

@@ -160,10 +160,12 @@ func (l *logged) Write(p []byte) (int, error) {
 	return l.b.Write(p)
 }
 
-func (l *logged) has(text string) bool {
+func (l *logged) has(text string) bool { return l.count(text) > 0 }
+
+func (l *logged) count(text string) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return strings.Contains(l.b.String(), text)
+	return strings.Count(l.b.String(), text)
 }
 
 // assertFailed asserts what a failed backup leaves: a FAILED backup.info without an end,

@@ -933,9 +933,24 @@ func restoreWAL(ctx context.Context, s *Store, file, destination string, o resto
 		return fmt.Errorf("restore %s: %w", file, err)
 	}
 	return patiently(ctx, file, o.Patience, func() error {
-		_, err := fetchWAL(ctx, s, name, destination, o.SystemID, s.walRestore.NoPartial)
+		_, err := restoreOnce(ctx, s, name, destination, o.SystemID)
 		return err
 	})
+}
+
+// restoreOnce is one attempt to restore a WAL file. It returns the size of the file.
+func restoreOnce(ctx context.Context, s *Store, name walName, destination string, systemID uint64) (int64, error) {
+	start := time.Now()
+	object, size, err := fetchWAL(ctx, s, name, destination, systemID, s.walRestore.NoPartial)
+	if err == nil {
+		logRestored(name.Name, object, false, start)
+	}
+	return size, err
+}
+
+// logRestored is for files that PostgreSQL gets: what was prefetched may never be asked for.
+func logRestored(name, object string, prefetched bool, start time.Time) {
+	slog.Info("Restored WAL file", "walName", name, "object", object, "prefetched", prefetched, "seconds", time.Since(start).Seconds())
 }
 
 // patiently runs attempts to restore a WAL file until one succeeds, says errNotFound or
@@ -961,13 +976,12 @@ func patiently(ctx context.Context, file string, patience time.Duration, fetch f
 	}
 }
 
-// fetchWAL tries every stored form of a WAL file, the best one first, and returns the
-// size of the file.
-func fetchWAL(ctx context.Context, s *Store, name walName, destination string, systemID uint64, noPartial bool) (int64, error) {
-	start := time.Now()
+// fetchWAL tries every stored form of a WAL file, the best one first, and returns the URL
+// of the object that it took and the size of the file.
+func fetchWAL(ctx context.Context, s *Store, name walName, destination string, systemID uint64, noPartial bool) (string, int64, error) {
 	objects, err := walObjects(ctx, s, name.Name, !noPartial)
 	if err != nil {
-		return 0, err
+		return "", 0, err
 	}
 	// The segment itself before its .partial, and of several .partial the newest.
 	slices.SortStableFunc(objects, func(a, b walObject) int {
@@ -988,20 +1002,19 @@ func fetchWAL(ctx context.Context, s *Store, name walName, destination string, s
 		})
 		switch {
 		case err == nil:
-			slog.Info("Restored WAL file", "walName", name.Name, "object", s.URL(o.Key), "seconds", time.Since(start).Seconds())
-			return size, nil
+			return s.URL(o.Key), size, nil
 		case errors.Is(err, errDamaged):
 			damaged = append(damaged, err)
 		case errors.Is(err, errNotFound): // deleted since the listing? The next one tells
-			return 0, fmt.Errorf("%w: %s is listed, but cannot be read: %v", errTransient, s.URL(o.Key), err)
+			return "", 0, fmt.Errorf("%w: %s is listed, but cannot be read: %v", errTransient, s.URL(o.Key), err)
 		default:
-			return 0, err
+			return "", 0, err
 		}
 	}
 	if len(damaged) > 0 {
-		return 0, errors.Join(damaged...)
+		return "", 0, errors.Join(damaged...)
 	}
-	return 0, fmt.Errorf("%w: wal %q not found at %s", errNotFound, name.Name, s.URL(s.walPrefix(name.Name)))
+	return "", 0, fmt.Errorf("%w: wal %q not found at %s", errNotFound, name.Name, s.URL(s.walPrefix(name.Name)))
 }
 
 // temporaryWAL begins the names of files that are being fetched.
@@ -1135,7 +1148,8 @@ type prefetched struct {
 	path   string
 	cancel context.CancelFunc
 	done   chan struct{}
-	err    error // once done is closed
+	object string // where it is from, once done is closed
+	err    error  // the same
 }
 
 // newPrefetcher empties the spool of an earlier life.
@@ -1157,7 +1171,7 @@ func newPrefetcher(life context.Context, spool string) (*prefetcher, error) {
 // take moves a prefetched segment to its destination, waiting for it if it is on its
 // way; false means that the caller has to fetch it.
 func (p *prefetcher) take(ctx context.Context, s *Store, name, destination string) bool {
-	key := aheadKey{s.place(), name}
+	start, key := time.Now(), aheadKey{s.place(), name}
 	p.mu.Lock()
 	e := p.entries[key]
 	delete(p.entries, key)
@@ -1179,7 +1193,7 @@ func (p *prefetcher) take(ctx context.Context, s *Store, name, destination strin
 		slog.Warn("A prefetched WAL file could not be used and is fetched again", "walName", name, "error", err)
 		return false
 	}
-	slog.Info("Restored WAL file", "walName", name, "prefetched", true)
+	logRestored(name, e.object, true, start)
 	return true
 }
 
@@ -1268,7 +1282,7 @@ func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64)
 			defer close(e.done)
 			defer cancel()
 			w, _ := parseWALName(next.name) // it was made by segmentName
-			_, e.err = fetchWAL(ctx, s, w, e.path, systemID, true)
+			e.object, _, e.err = fetchWAL(ctx, s, w, e.path, systemID, true)
 			switch {
 			case e.err == nil || ctx.Err() != nil:
 				return
@@ -1476,7 +1490,7 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 			if taken {
 				return nil
 			}
-			_, err := fetchWAL(ctx, s, name, r.DestinationFileName, systemID, s.walRestore.NoPartial)
+			_, err := restoreOnce(ctx, s, name, r.DestinationFileName, systemID)
 			return err
 		}
 		if w.prefetch.take(ctx, s, name.Name, r.DestinationFileName) {
@@ -1489,7 +1503,7 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 		if err := w.prefetch.known(s, name.Name, canStream); err != nil {
 			return err
 		}
-		size, err := fetchWAL(ctx, s, name, r.DestinationFileName, systemID, s.walRestore.NoPartial)
+		size, err := restoreOnce(ctx, s, name, r.DestinationFileName, systemID)
 		switch {
 		case err == nil:
 			w.prefetch.follow(s, name, size, systemID)

@@ -1458,7 +1458,7 @@ func TestPrefetchSequence(t *testing.T) {
 		}
 	}
 	store(1, 2, 3, 4, 5)
-	c := newRestoreClient(t, file, standbyCluster)
+	c, log := newRestoreClient(t, file, standbyCluster), captureLog(t)
 	listed := func(n int) int { return len(proxy.seen(regexp.MustCompile("prefix=.*" + names[n] + "$"))) }
 	base := make([]int, len(names))
 	for n := range base {
@@ -1467,6 +1467,9 @@ func TestPrefetchSequence(t *testing.T) {
 
 	c.must(names[1], contents[names[1]]) // #1: asked for, the next two come along
 	waitFor(t, "2 and 3 in the spool", func() bool { return slices.Equal(c.spooled(), []string{names[2], names[3]}) })
+	if n := log.count("Restored WAL file"); n != 1 {
+		t.Errorf("%d files are logged as restored, and 2 of them PostgreSQL has not got", n)
+	}
 	c.must(names[2], contents[names[2]]) // #2: from the spool, 4 follows
 	waitFor(t, "3 and 4 in the spool", func() bool { return slices.Equal(c.spooled(), []string{names[3], names[4]}) })
 	c.must(names[3], contents[names[3]])
@@ -1485,6 +1488,9 @@ func TestPrefetchSequence(t *testing.T) {
 	for n := 1; n <= 5; n++ {
 		if got := len(proxy.seen(regexp.MustCompile("^GET /[^?]*" + names[n]))); got != 1 {
 			t.Errorf("segment %d was fetched %d times", n, got)
+		}
+		if got := log.count(`"Restored WAL file","walName":"` + names[n]); got != 1 {
+			t.Errorf("segment %d was logged as restored %d times", n, got)
 		}
 	}
 }
