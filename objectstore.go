@@ -15,6 +15,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -1409,6 +1410,7 @@ type putOptions struct {
 	History  bool              // timeline history file: chooses the tags
 	PartSize int               // bytes; an object of at most this size is sent in one request
 	Parts    int               // parts in memory at once, each of which is being filled or on its way
+	Body     hash.Hash32       // CRC-32C of the body, where it is known: for servers that check it
 	Limiter  *rate.Limiter
 	Memory   *semaphore.Weighted // bytes that all writers with this budget share; nil: no limit but the parts
 }
@@ -1428,6 +1430,9 @@ func (s *Store) Put(ctx context.Context, key string, content []byte, o putOption
 func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOptions) error {
 	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata}
 	input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = s.encryptionAndTags(o)
+	if o.Body != nil && s.client.Options().RequestChecksumCalculation == aws.RequestChecksumCalculationWhenSupported {
+		input.ChecksumCRC32C = aws.String(base64.StdEncoding.EncodeToString(o.Body.Sum(nil)))
+	}
 	return s.conditionally(o.IfAbsent, func(condition *string) error {
 		if _, err := body.Seek(0, io.SeekStart); err != nil {
 			return err

@@ -375,6 +375,9 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		}
 		sum = hexSum(read)
 		o.Metadata[contentSum] = sum
+		if asIs {
+			o.Body = read
+		}
 	}
 	if parts {
 		o.PartSize, o.Parts = walPartSize, walParts

@@ -3,7 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -22,6 +24,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	s3types "github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
 	"github.com/golang/snappy"
 	"google.golang.org/grpc/codes"
@@ -311,6 +316,39 @@ func TestArchiveLargeSegment(t *testing.T) {
 	mustSay(t, archiveWAL(t.Context(), s, writeWAL(t, seg5, changed)), errDifferent)
 	if left := testS3(t).uploads(t, bucket); len(left) > 0 {
 		t.Errorf("unfinished uploads stay: %q", left)
+	}
+}
+
+// A server that checks bodies gets the checksum of what was read first, for a segment that
+// is sent as it is: what it has read then is what has arrived, or it is refused.
+func TestArchiveBodyChecksum(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	path := writeWAL(t, seg5, segment(seg5, mib, 7, 1))
+	stored := func(s *Store) *string {
+		h, err := s.client.HeadObject(t.Context(), &s3.HeadObjectInput{Bucket: &bucket, Key: aws.String(s.walPrefix(seg5)), ChecksumMode: s3types.ChecksumModeEnabled})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h.ChecksumCRC32C
+	}
+	s := openTestStore(t, storeFile(t, server, bucket))
+	mustArchive(t, s, path)
+	if sum := stored(s); sum != nil {
+		t.Errorf("the server, which may be one that refuses checksums, was sent %s", *sum)
+	}
+	server.remove(t, bucket, s.walPrefix(seg5))
+	t.Setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
+	s = openTestStore(t, storeFile(t, server, bucket))
+	mustArchive(t, s, path)
+	sum, err := base64.StdEncoding.DecodeString(aws.ToString(stored(s)))
+	if _, metadata := server.read(t, bucket, s.walPrefix(seg5)); err != nil || hex.EncodeToString(sum) != metadata[contentSum] {
+		t.Errorf("the server has the checksum %x, %v; it was sent with %s", sum, err, metadata[contentSum])
+	}
+	read := crc32.New(castagnoli)
+	io.WriteString(read, "what was read first")
+	err = s.put(t.Context(), s.walPrefix(seg6), strings.NewReader("what was sent"), putOptions{Body: read})
+	if names := server.keys(t, bucket, ""); err == nil || len(names) != 1 {
+		t.Errorf("a file that changed between its readings: %v, %q", err, names)
 	}
 }
 
