@@ -1430,7 +1430,7 @@ func (s *Store) Put(ctx context.Context, key string, content []byte, o putOption
 func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOptions) error {
 	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata}
 	input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = s.encryptionAndTags(o)
-	if o.Body != nil && s.client.Options().RequestChecksumCalculation == aws.RequestChecksumCalculationWhenSupported {
+	if o.Body != nil && s.sendsChecksums() {
 		input.ChecksumCRC32C = aws.String(base64.StdEncoding.EncodeToString(o.Body.Sum(nil)))
 	}
 	return s.conditionally(o.IfAbsent, func(condition *string) error {
@@ -1444,6 +1444,11 @@ func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOp
 		}
 		return s.wrap("put", key, err)
 	})
+}
+
+// sendsChecksums says whether the server gets a checksum with what is sent: AWS does, others if they are told so.
+func (s *Store) sendsChecksums() bool {
+	return s.client.Options().RequestChecksumCalculation == aws.RequestChecksumCalculationWhenSupported
 }
 
 // NewWriter starts writing an object. The writer must be ended by Close, after which
@@ -1510,8 +1515,14 @@ func (w *objectWriter) awaitSlot() error {
 
 // flush hands the current part to a worker.
 func (w *objectWriter) flush() error {
+	// The SDK sends checksums with the parts by itself, but S3 takes them only of the kind
+	// that the upload was begun with.
+	var checksum s3types.ChecksumAlgorithm
+	if w.store.sendsChecksums() {
+		checksum = s3types.ChecksumAlgorithmCrc32c
+	}
 	if w.uploadID == nil {
-		input := &s3.CreateMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata}
+		input := &s3.CreateMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, ChecksumAlgorithm: checksum}
 		input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = w.store.encryptionAndTags(w.o)
 		// Not ended by the writer's context: a request that was cancelled while the server
 		// worked on it would leave an upload whose id nobody knows.
@@ -1544,15 +1555,17 @@ func (w *objectWriter) flush() error {
 			return
 		}
 		out, err := w.store.client.UploadPart(w.ctx, &s3.UploadPartInput{Bucket: &w.store.bucket, Key: &w.key, UploadId: w.uploadID,
-			PartNumber: &number, Body: io.NewSectionReader(part, 0, int64(part.size))})
+			PartNumber: &number, Body: io.NewSectionReader(part, 0, int64(part.size)), ChecksumAlgorithm: checksum})
 		if err != nil {
 			w.cancel(w.store.wrap(fmt.Sprintf("upload part %d of", number), w.key, err))
 			return
 		}
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		w.parts[number-1] = s3types.CompletedPart{PartNumber: &number, ETag: out.ETag,
-			ChecksumCRC32: out.ChecksumCRC32, ChecksumCRC32C: out.ChecksumCRC32C, ChecksumCRC64NVME: out.ChecksumCRC64NVME}
+		w.parts[number-1] = s3types.CompletedPart{PartNumber: &number, ETag: out.ETag}
+		if checksum != "" { // a server may compute some that it was not asked for, and does not want back
+			w.parts[number-1].ChecksumCRC32C = out.ChecksumCRC32C
+		}
 	})
 	return nil
 }

@@ -20,6 +20,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	s3types "github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/cloudnative-pg/cnpg-i/pkg/restore/job"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -1312,6 +1315,44 @@ func TestRestoreBarmanBackupOfCopies(t *testing.T) {
 
 // Recovery ends where it is asked to end, from a backup of this project: by time, LSN,
 // transaction, restore point, as soon as it is consistent, and on either timeline.
+// Without endpointURL the server is AWS: checksums go with everything that is sent, over TLS
+// behind the body, and a multipart upload is put together by them.
+func TestRestoreWithServerChecksums(t *testing.T) {
+	s := testS3TLS(t)
+	bucket := s.newBucket(t)
+	t.Setenv("AWS_ENDPOINT_URL", s.Endpoint) // in place of AWS
+	file := storeFileAt(t, s, "", "s3://"+bucket, "wal: {compression: gzip}",
+		`data: {jobs: 2, immediateCheckpoint: true, additionalCommandArgs: ["--addressing-style=path", "--min-chunk-size=5MB"]}`)
+	p := startPostgres(t, pgOptions{Checksums: true, Tablespaces: []string{"side"}, ArchiveCommand: archivingTo(t, file)})
+	p.pgbenchTables(3)
+	info := mustBackUp(t, testStoreFile(t, file, "main"), p, backupOptions{})
+	p.Exec("UPDATE pgbench_accounts SET abalance = 1 WHERE aid <= 1000")
+	p.WaitArchived(p.SwitchWAL())
+	parts := 0
+	for _, key := range s.keys(t, bucket, "main/base/"+info.ID+"/data") {
+		h, err := s.client.HeadObject(t.Context(), &s3.HeadObjectInput{Bucket: &bucket, Key: &key, ChecksumMode: s3types.ChecksumModeEnabled})
+		if err != nil || h.ChecksumCRC32C == nil {
+			t.Errorf("%s: the server has no CRC-32C: %v", key, err)
+		}
+		if strings.Contains(aws.ToString(h.ETag), "-") {
+			parts++
+		}
+	}
+	if parts == 0 {
+		t.Error("nothing was sent in parts")
+	}
+	if r := runProgram(t, nil, "check", "--objectstore", file, "--server-name", "main"); r.Code != 0 {
+		t.Errorf("check: exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	if r := runProgram(t, nil, "verify", "--objectstore", file, "--server-name", "main"); r.Code != 0 {
+		t.Errorf("verify: exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	restored := startRestored(t, restoreWithProgram(t, file))
+	if n := restored.Query("SELECT count(*) || ' ' || sum(abalance) FROM pgbench_accounts"); n != "300000 1000" {
+		t.Errorf("accounts and their sum: %s", n)
+	}
+}
+
 func TestRestorePointInTime(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)
 	store := storeFile(t, s, bucket, "wal: {compression: gzip}", "data: {compression: gzip, immediateCheckpoint: true}")

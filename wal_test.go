@@ -344,10 +344,15 @@ func TestArchiveBodyChecksum(t *testing.T) {
 	if _, metadata := server.read(t, bucket, s.walPrefix(seg5)); err != nil || hex.EncodeToString(sum) != metadata[contentSum] {
 		t.Errorf("the server has the checksum %x, %v; it was sent with %s", sum, err, metadata[contentSum])
 	}
+	const size = 64 * mib // in parts, each with a checksum of the SDK
+	name := segmentName(1, 8, size)
+	large := segment(name, size, 7, 1)
+	mustArchive(t, s, writeWAL(t, name, large))
+	mustFetch(t, s, name, large)
 	read := crc32.New(castagnoli)
 	io.WriteString(read, "what was read first")
 	err = s.put(t.Context(), s.walPrefix(seg6), strings.NewReader("what was sent"), putOptions{Body: read})
-	if names := server.keys(t, bucket, ""); err == nil || len(names) != 1 {
+	if names := server.keys(t, bucket, ""); err == nil || len(names) != 2 {
 		t.Errorf("a file that changed between its readings: %v, %q", err, names)
 	}
 }
