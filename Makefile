@@ -63,7 +63,7 @@ test-versions: deps tools
 # What strangers can put into bucket and manifests, changed at random, FUZZTIME for each parser.
 # Without its limit Go makes the first input that is new to it shorter for a whole minute.
 fuzz:
-	@mkdir -p bin; for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
+	@mkdir -p bin; targets=$$(go test -list '^Fuzz' . | grep '^Fuzz') || exit 1; for target in $$targets; do \
 	  go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x . >bin/fuzz.log || { cat bin/fuzz.log; exit 1; }; \
 	  echo "$$target: $$(grep execs: bin/fuzz.log | tail -1)"; \
 	done
