@@ -1313,8 +1313,6 @@ func TestRestoreBarmanBackupOfCopies(t *testing.T) {
 	}
 }
 
-// Recovery ends where it is asked to end, from a backup of this project: by time, LSN,
-// transaction, restore point, as soon as it is consistent, and on either timeline.
 // Without endpointURL the server is AWS: checksums go with everything that is sent, over TLS
 // behind the body, and a multipart upload is put together by them.
 func TestRestoreWithServerChecksums(t *testing.T) {
@@ -1353,6 +1351,8 @@ func TestRestoreWithServerChecksums(t *testing.T) {
 	}
 }
 
+// Recovery ends where it is asked to end, from a backup of this project: by time, LSN,
+// transaction, restore point, as soon as it is consistent, and on either timeline.
 func TestRestorePointInTime(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)
 	store := storeFile(t, s, bucket, "wal: {compression: gzip}", "data: {compression: gzip, immediateCheckpoint: true}")
