@@ -479,7 +479,8 @@ const (
 	// restore tells the leftovers of an interrupted one, which it may remove.
 	incompleteFile = "restore.incomplete"
 
-	flushSize = 1 << 20 // of a file, at a time
+	// Of a file: after so many bytes the kernel begins to write them, and after so many they are synced.
+	flushSize, syncSize = 1 << 20, 64 << 20
 )
 
 // restoreBackup restores the files of a backup. Nothing is written unless the backup is
@@ -554,9 +555,10 @@ type restorer struct {
 type targetDir struct {
 	path     string
 	root     *os.Root
-	mark     *os.File // incompleteFile, locked
-	leftover bool     // it holds what an interrupted restore left
-	listed   bool     // the mark of PGDATA stands for its own, see finish
+	mark     *os.File       // incompleteFile, locked
+	leftover bool           // it holds what an interrupted restore left
+	listed   bool           // the mark of PGDATA stands for its own, see finish
+	syncs    errgroup.Group // of files that are still being written, one at a time
 }
 
 // plan decides which directory each part of the backup goes to, and checks them without
@@ -571,6 +573,7 @@ func (r *restorer) plan(o restoreOptions) error {
 			return nil, fmt.Errorf("%s would be two of data directory, WAL directory and tablespaces at once: give --tablespace NAME:PATH another path", dir)
 		}
 		t := &targetDir{path: dir}
+		t.syncs.SetLimit(1)
 		r.targets, r.paths = append(r.targets, t), append(r.paths, dir)
 		if r.data != nil && r.data.leftover {
 			note, err := os.ReadFile(filepath.Join(r.data.path, incompleteFile))
@@ -697,6 +700,7 @@ func (t *targetDir) claim(note string) (err error) {
 
 func (r *restorer) close() {
 	for _, t := range r.targets {
+		t.syncs.Wait() // finish has its error
 		if t.root != nil {
 			t.root.Close()
 		}
@@ -920,28 +924,42 @@ func (t *targetDir) write(name string, mode fs.FileMode, content io.Reader, buff
 	if err != nil {
 		return err
 	}
-	_, err = io.CopyBuffer(&flushedFile{f: f}, content, buffer)
+	_, err = io.CopyBuffer(&flushedFile{t: t, f: f}, content, buffer)
 	return cmp.Or(err, f.Close()) // the first error
 }
 
-// flushedFile has the kernel begin to write to the disk while more comes from the network:
-// left alone, it would wait with gigabytes for the sync at the end.
+// flushedFile goes to the disk while more comes from the network: left alone, the kernel
+// would wait with gigabytes for the sync at the end, and a disk that has a cache of its own
+// would still have them all to write by then.
 type flushedFile struct {
-	f    *os.File
-	size int64 // not flushed yet
-	end  int64
+	t                 *targetDir
+	f                 *os.File
+	end               int64
+	flushed, syncedTo int64
 }
 
 func (w *flushedFile) Write(b []byte) (n int, err error) {
 	n, err = w.f.Write(b)
-	w.size, w.end = w.size+int64(n), w.end+int64(n)
-	if w.size >= flushSize {
-		if err := unix.SyncFileRange(int(w.f.Fd()), w.end-w.size, w.size, unix.SYNC_FILE_RANGE_WRITE); err != nil {
-			slog.Debug("sync_file_range failed", "file", w.f.Name(), "error", err)
-		}
-		w.size = 0
+	w.end += int64(n)
+	if w.end-w.flushed < flushSize {
+		return n, err
+	}
+	if err := unix.SyncFileRange(int(w.f.Fd()), w.flushed, w.end-w.flushed, unix.SYNC_FILE_RANGE_WRITE); err != nil {
+		slog.Debug("sync_file_range failed", "file", w.f.Name(), "error", err)
+	}
+	w.flushed = w.end
+	if w.end-w.syncedTo >= syncSize && w.t.syncs.TryGo(w.sync) { // or with the next piece
+		w.syncedTo = w.end
 	}
 	return n, err
+}
+
+// sync does not mind that the file has been closed meanwhile: finish syncs all of them.
+func (w *flushedFile) sync() error {
+	if err := w.f.Sync(); !errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	return nil
 }
 
 // directory makes a directory, or gives one that is there its mode.
@@ -1156,6 +1174,9 @@ func (r *restorer) finish() error {
 	}
 
 	for _, t := range r.targets {
+		if err := t.syncs.Wait(); err != nil {
+			return err
+		}
 		// The whole file system, and the errors that writes to it have met since the mark was opened (syncfs(2), since Linux 5.8).
 		if err := unix.Syncfs(int(t.mark.Fd())); err != nil {
 			return &fs.PathError{Op: "sync the file system of", Path: t.path, Err: err}
