@@ -34,6 +34,7 @@ import (
 	"syscall"
 	"time"
 	"unicode/utf8"
+	"unsafe"
 
 	"github.com/cloudnative-pg/cnpg-i/pkg/backup"
 	"github.com/jackc/pgx/v5"
@@ -57,6 +58,8 @@ type backupOptions struct {
 	// Archive is where the WAL is archived, when that is not where the backup goes; then
 	// the WAL that the backup needs is copied from there.
 	Archive *Store
+	// StorePatience is how long each request to a store that is away is repeated.
+	StorePatience time.Duration
 	// WALTimeout is how long archiving may stand still while the backup waits for its WAL.
 	WALTimeout time.Duration
 	// StandbyPatience is how long a standby waits for its last segment before it stores
@@ -108,6 +111,7 @@ var (
 // says DONE. After an error, or when ctx ends, nothing remains but a backup.info that says
 // FAILED; if the process is killed not even that, and every reader ignores what is left.
 func takeBackup(ctx context.Context, s *Store, o backupOptions) (*BackupInfo, error) {
+	o.StorePatience = cmp.Or(o.StorePatience, storePatience)
 	o.WALTimeout = cmp.Or(o.WALTimeout, defaultWALTimeout)
 	o.StandbyPatience = cmp.Or(o.StandbyPatience, defaultStandbyPatience)
 	o.ReportEvery = cmp.Or(o.ReportEvery, defaultReportEvery)
@@ -229,6 +233,9 @@ func newBaseBackup(ctx context.Context, s *Store, o backupOptions, session *sess
 	if b.pgdata, err = filepath.EvalSymlinks(cmp.Or(o.PGData, info.PGData)); err != nil {
 		return nil, fmt.Errorf("the data directory of the server is not visible to this process: %w", err)
 	}
+	if err := session.checkPlace(ctx, b.pgdata); err != nil {
+		return nil, err
+	}
 	if info.ID, err = nextBackupID(ctx, s); err != nil {
 		return nil, fmt.Errorf("choose a backup id: %w", err)
 	}
@@ -250,8 +257,8 @@ func (b *baseBackup) run(ctx context.Context) error {
 	}
 	for _, step := range []func(context.Context) error{
 		b.begin, b.copyFiles, b.stop,
-		b.waitForWAL, b.checkOwner, b.copyWAL,
-		b.seal, b.checkArchives, b.commit,
+		b.waitForWAL, b.patiently(b.checkOwner), b.patiently(b.copyWAL),
+		b.seal, b.patiently(b.checkArchives), b.commit,
 	} {
 		if err := step(ctx); err != nil {
 			return err
@@ -260,6 +267,13 @@ func (b *baseBackup) run(ctx context.Context) error {
 	b.log.Info("Backup completed", "backupName", b.info.BackupName, "beginWAL", b.info.BeginWAL, "endWAL", b.info.EndWAL, "bytes", b.info.bytes,
 		"bytesStored", b.info.storedBytes, "archives", len(b.archives), "seconds", time.Since(b.began).Seconds())
 	return nil
+}
+
+// patiently makes a step that does nothing but ask the store one that outlasts its absence.
+func (b *baseBackup) patiently(step func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		return persist(ctx, b.o.StorePatience, func() error { return step(ctx) })
+	}
 }
 
 // begin brings the server into backup mode, which begins with a checkpoint.
@@ -407,6 +421,7 @@ func (b *baseBackup) checkArchives(ctx context.Context) error {
 		}
 		sizes[o.Key] = o.Size
 	}
+	b.info.storedBytes = 0
 	for _, a := range b.archives {
 		switch size, ok := sizes[a.key]; {
 		case !ok:
@@ -528,6 +543,44 @@ func (s *session) inspect(ctx context.Context) (*BackupInfo, error) {
 		WHERE sourcefile IS NOT NULL AND sourcefile <> current_setting('config_file') ORDER BY 1`) // CollectRows has the error, too
 	info.IncludedFiles, err = pgx.CollectRows(rows, pgx.RowTo[string])
 	return info, answered(err)
+}
+
+// checkPlace makes sure that a directory is that of the server: PGHOST may name another host
+// that has its own at the same place, even a primary and its standby. They never agree on
+// when pg_control was written and which checkpoint it has (at these offsets since version 11).
+func (s *session) checkPlace(ctx context.Context, pgdata string) error {
+	name := filepath.Join(pgdata, controlFile)
+	for n := 1; ; n++ {
+		var systemID, written int64
+		var checkpoint string
+		err := s.row(ctx, `SELECT system_identifier, extract(epoch FROM pg_control_last_modified)::bigint, checkpoint_lsn::text
+			FROM pg_control_system(), pg_control_checkpoint()`, &systemID, &written, &checkpoint)
+		if err != nil {
+			return err
+		}
+		lsn, err := parseLSN(checkpoint)
+		if err != nil {
+			return err
+		}
+		content, err := os.ReadFile(name)
+		if err != nil {
+			return fmt.Errorf("the data directory of the server is not visible to this process: %w", err)
+		}
+		if len(content) < 40 {
+			return fmt.Errorf("%s has %d bytes: it is damaged", name, len(content))
+		}
+		field := func(at int) uint64 { return binary.NativeEndian.Uint64(content[at:]) }
+		if int64(field(0)) == systemID && int64(field(24)) == written && LSN(field(32)) == lsn {
+			return nil
+		}
+		if n == controlFileReads/10 { // each time it was written in between
+			return fmt.Errorf("%w: %s is not of the server that was connected to (system identifier %d, checkpoint at %s): run the backup on the host of that server, or set PGHOST",
+				errSetup, name, systemID, checkpoint)
+		}
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return err
+		}
+	}
 }
 
 // startBackup enters backup mode and sets the begin of the backup and the tablespaces in info.
@@ -699,11 +752,17 @@ func (b *baseBackup) waitForWAL(ctx context.Context) error {
 		}
 		if time.Since(moved) >= b.o.WALTimeout {
 			_, state := b.archiver(ctx)
+			if b.unarchived(names[0]) {
+				state = "the server has not archived it (if another one is there by that name, it is of another server of the same origin); " + state
+			}
 			return fmt.Errorf("%w: %s (the first of %d missing files; the backup needs %s to %s) is not in %s after %s: %s",
 				errWALMissing, names[0], len(names), first, last, b.archive().URL(b.archive().key("wals/")), waited.Round(time.Second), state)
 		}
 		if time.Since(reported) >= b.o.ReportEvery {
 			reported = time.Now()
+			if err := b.contested(ctx, names[0]); err != nil {
+				return err
+			}
 			b.log.Info("Waiting for the WAL of the backup to be archived", "walFile", names[0], "missing", len(names),
 				"waited", waited.Round(time.Second).String(), "limit", b.o.WALTimeout.String())
 		}
@@ -730,7 +789,7 @@ func (b *baseBackup) missingWAL(ctx context.Context, names []string) ([]string, 
 			present[newWALObject(o).Name] = true
 		}
 		n := 0
-		for n < len(names) && present[names[n]] {
+		for n < len(names) && present[names[n]] && !b.unarchived(names[n]) {
 			n++
 		}
 		if n == 0 {
@@ -739,6 +798,37 @@ func (b *baseBackup) missingWAL(ctx context.Context, names []string) ([]string, 
 		names = names[n:]
 	}
 	return nil, nil
+}
+
+// unarchived says that a primary has not archived a WAL file of its own yet. What the
+// archive has by that name is then of a server of the same origin that went another way.
+func (b *baseBackup) unarchived(name string) bool {
+	return !b.session.inRecovery && fileExists(filepath.Join(b.pgdata, "pg_wal", "archive_status", name+".ready"))
+}
+
+// contested compares a file that waits to be archived with what the archive has by its name:
+// errDifferent means that it never will be.
+func (b *baseBackup) contested(ctx context.Context, name string) error {
+	if !b.unarchived(name) {
+		return nil
+	}
+	f, err := os.Open(filepath.Join(b.pgdata, "pg_wal", name))
+	if err != nil {
+		return nil // removed: it has just been archived
+	}
+	defer f.Close()
+	w, err := parseWALName(name)
+	if err != nil {
+		return err
+	}
+	objects, err := walObjects(ctx, b.archive(), name, false)
+	if err == nil && len(objects) > 0 {
+		err = sameContent(ctx, b.archive(), w, objects, f)
+	}
+	if !errors.Is(err, errDifferent) {
+		return nil // the waiting goes on, and ends with an error of its own
+	}
+	return fmt.Errorf("the WAL of this backup cannot be archived: %s: %w", name, err)
 }
 
 // archiver asks the server what it last archived, and where to look when WAL does not
@@ -1302,13 +1392,33 @@ func headerOf(name string, info fs.FileInfo) tar.Header {
 
 // pageCacheKeeper returns a function that gives back the page cache which reading f has
 // filled, so that a backup does not push out what the server works with. If most of the
-// file was cached before (cachestat(2), Linux 6.5), it is the server's and stays.
+// file was cached before, it is the server's and stays.
 func pageCacheKeeper(f *os.File, size int64) (forget func()) {
-	var stat unix.Cachestat_t
-	if err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &stat, 0); err == nil && int64(stat.Cache)*int64(os.Getpagesize()) > size/2 {
+	if cached, err := cachedPages(f, size); err != nil || cached*int64(os.Getpagesize()) > size/2 {
 		return func() {}
 	}
 	return func() { unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) } // only advice
+}
+
+// cachedPages counts the pages of a file that are in memory, by mincore(2): every Linux has
+// it, unlike cachestat(2). The mapping is not touched.
+func cachedPages(f *os.File, size int64) (n int64, err error) {
+	if size == 0 {
+		return 0, nil
+	}
+	memory, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Munmap(memory)
+	pages := make([]byte, (len(memory)+os.Getpagesize()-1)/os.Getpagesize())
+	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&memory[0])), uintptr(len(memory)), uintptr(unsafe.Pointer(&pages[0]))); errno != 0 {
+		return 0, errno
+	}
+	for _, page := range pages {
+		n += int64(page & 1)
+	}
+	return n, nil
 }
 
 // controlFileReads is how often pg_control is read, every 50 ms, until it is intact.
@@ -1511,7 +1621,7 @@ func (b *baseBackup) openArchive(ctx context.Context, tree string, first int64) 
 	args := &b.store.data
 	part := max(args.MinChunkSize, minPartSize, first/maxArchiveParts+1)
 	a.limit = min(cmp.Or(args.MaxArchiveSize, maxArchiveSize), maxArchiveParts*part)
-	a.object = b.store.NewWriter(ctx, a.key, putOptions{Data: true, PartSize: int(part), Parts: archiveParts, Limiter: b.limiter})
+	a.object = b.store.NewWriter(ctx, a.key, putOptions{Data: true, PartSize: int(part), Parts: archiveParts, Limiter: b.limiter, Patience: b.o.StorePatience})
 	var err error
 	if a.codec, err = b.codec.compress(archiveCounter{a}, args.CompressionLevel); err != nil {
 		a.object.Abort()

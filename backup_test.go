@@ -606,6 +606,15 @@ func TestBackupOfStandby(t *testing.T) {
 		t.Errorf("the restored table has %s rows", n)
 	}
 
+	// Copied by a tool that loses metadata, backup.info does not say any more what the backup has.
+	unaware, pgdata := *read, filepath.Join(testDir(t), "pgdata")
+	unaware.WALInBackup = nil
+	if err := restoreBackup(t.Context(), store, &unaware, restoreOptions{Dir: pgdata}); err != nil {
+		t.Error(err)
+	} else if n := startRestored(t, pgdata).Query("SELECT count(*) FROM t"); n != "1000" {
+		t.Errorf("the restored table has %s rows", n)
+	}
+
 	// A primary that is not idle ships the segment, and then the backup needs no copy.
 	again := make(chan *BackupInfo)
 	go func() {
@@ -883,7 +892,7 @@ func TestBackupAcrossFaults(t *testing.T) {
 	proxy.clear()
 
 	gone := proxy.add(fault{Path: regexp.MustCompile(`.`), Do: resetRequest, Skip: 4})
-	_, err = takeBackup(t.Context(), testStoreAt(t, s, proxy.Endpoint, bucket, "main"), backupOptions{Connection: p.connection(), FastCheckpoint: true})
+	_, err = takeBackup(t.Context(), testStoreAt(t, s, proxy.Endpoint, bucket, "main"), backupOptions{Connection: p.connection(), FastCheckpoint: true, StorePatience: time.Second})
 	if err == nil || !strings.Contains(err.Error(), "s3://"+bucket) || proxy.hits(gone) == 0 {
 		t.Errorf("a backup into a store that went away: %v", err)
 	}
@@ -893,6 +902,39 @@ func TestBackupAcrossFaults(t *testing.T) {
 	}
 	if done := slices.DeleteFunc(slices.Clone(catalog.Backups), func(b *BackupInfo) bool { return !b.Done() }); len(done) != 1 {
 		t.Errorf("the catalog: %+v", catalog)
+	}
+}
+
+// A store that is away for longer than the SDK tries costs neither a backup nor a restore.
+func TestBackupAcrossAbsence(t *testing.T) {
+	t.Setenv("AWS_MAX_ATTEMPTS", "1") // the SDK's share would take half a minute
+	s, bucket := testS3(t), newBucket(t)
+	direct := storeFile(t, s, bucket)
+	p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, direct)})
+	p.pgbenchTables(5)
+	proxy := startFaultProxy(t, s)
+	store := testStoreAt(t, s, proxy.Endpoint, bucket, "main")
+	faults := []*fault{ // each is more than one request's attempts
+		proxy.add(fault{Method: "POST", Path: regexp.MustCompile(`/base/.*uploads`), Do: resetRequest, Times: 3}),
+		proxy.add(fault{Method: "PUT", Path: regexp.MustCompile(`/base/.*partNumber=2`), Do: answerError, HTTP: 503, Code: "SlowDown", Times: 4}),
+		proxy.add(fault{Method: "POST", Path: regexp.MustCompile(`/base/.*uploadId=`), Do: loseReply, Times: 2}),
+		proxy.add(fault{Method: "GET", Path: regexp.MustCompile(`/wals/.*/`), Do: answerError, HTTP: 500, Code: "InternalError", Times: 3}),
+	}
+	info := mustBackUp(t, store, p, backupOptions{})
+	faults = append(faults, proxy.add(fault{Method: "GET", Path: regexp.MustCompile(`/base/.*/data\.tar`), Do: answerError, HTTP: 503, Code: "SlowDown", Times: maxAttempts + 1}),
+		proxy.add(fault{Method: "GET", Path: regexp.MustCompile(`/base/.*/data_0001\.tar`), Do: truncateBody, Bytes: 0, Times: maxAttempts + 1}))
+	pgdata := filepath.Join(testDir(t), "pgdata")
+	command := restoreCommand(program(t), "wal-restore", "--objectstore", direct, "--server-name", "main")
+	if err := restoreBackup(t.Context(), store, info, restoreOptions{Dir: pgdata, Settings: func() error { return writeRecoverySettings(pgdata, nil, command) }}); err != nil {
+		t.Fatal(err)
+	}
+	for i, f := range faults {
+		if n := proxy.hits(f); n < 2 {
+			t.Errorf("fault %d happened %d times", i, n)
+		}
+	}
+	if n := startRestored(t, pgdata).Query("SELECT count(*) FROM pgbench_accounts"); n != "500000" {
+		t.Errorf("the restored table has %s rows", n)
 	}
 }
 
@@ -942,13 +984,47 @@ func TestBackupNeedsItsWAL(t *testing.T) {
 	}
 	other.WaitArchived(first)
 	o.Connection = p.connection()
-	if _, err = takeBackup(t.Context(), store, o); !errors.Is(err, errDamaged) || !strings.Contains(err.Error(), "serverName points at the WAL of another cluster") {
+	if _, err = takeBackup(t.Context(), store, o); !errors.Is(err, errDifferent) || !strings.Contains(err.Error(), "another cluster writes to the same place") {
 		t.Errorf("a backup with the WAL of another cluster: %v", err)
 	}
 
 	off := startPostgres(t, pgOptions{Settings: []string{"archive_mode=off"}})
 	if _, err := takeBackup(t.Context(), store, backupOptions{Connection: off.connection()}); !errors.Is(err, errSetup) || !strings.Contains(err.Error(), "archive_mode") {
 		t.Errorf("a backup of a server that does not archive: %v", err)
+	}
+}
+
+// Nor when the WAL that is there is of a server that began as this one and went another way,
+// as after a rollback of the volume: nothing but its content tells it from our own.
+func TestBackupOfServerThatForked(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, s, bucket)
+	store := testStoreFile(t, file, "main")
+	p := startPostgres(t, pgOptions{ArchiveCommand: archivingTo(t, file)})
+	p.Stop("fast")
+	copied := filepath.Join(testDir(t), "pgdata")
+	mustRun(t, exec.Command("cp", "--archive", p.Dir, copied))
+	p.Start()
+	twin := startRestored(t, copied, "archive_mode=on", "archive_command=false")
+	for range 6 { // the original is ahead
+		p.Exec("CREATE TABLE IF NOT EXISTS x(); DROP TABLE x")
+		p.WaitArchived(p.SwitchWAL())
+	}
+	o := backupOptions{Connection: twin.connection(), FastCheckpoint: true, WALTimeout: hang, ReportEvery: time.Second}
+	_, err := takeBackup(t.Context(), store, o)
+	if !errors.Is(err, errDifferent) || !strings.Contains(err.Error(), "same origin") {
+		t.Errorf("a backup of a server that forked: %v", err)
+	}
+}
+
+// PGHOST may lead to another server than the one whose files are here.
+func TestBackupOfAnotherHost(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	store := testStoreFile(t, storeFile(t, s, bucket), "main")
+	here, there := startPostgres(t, pgOptions{ArchiveCommand: "true"}), startPostgres(t, pgOptions{ArchiveCommand: "true"})
+	_, err := takeBackup(t.Context(), store, backupOptions{Connection: there.connection(), PGData: here.Dir, FastCheckpoint: true})
+	if !errors.Is(err, errSetup) || !strings.Contains(err.Error(), here.Dir) || len(s.keys(t, bucket, "")) > 0 {
+		t.Errorf("the files of one server with the label of another: %v", err)
 	}
 }
 

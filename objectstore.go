@@ -1195,8 +1195,10 @@ type objectReader struct {
 	key      string
 	etag     *string
 	offset   int64
-	failures int   // since the last byte that came
-	err      error // that ended the reading: some decompressors ask again and again
+	failures int // since the last byte that came
+	broke    time.Time
+	patience time.Duration // for how long it is opened again, if that is longer than maxAttempts take
+	err      error         // that ended the reading: some decompressors ask again and again
 	body     io.ReadCloser
 	cancel   context.CancelFunc
 	watchdog *time.Timer
@@ -1261,7 +1263,10 @@ func (r *objectReader) Read(p []byte) (n int, err error) {
 // retry waits before the next attempt, or returns the error that ends the reading.
 func (r *objectReader) retry(err error) error {
 	r.close()
-	if r.failures++; r.failures >= maxAttempts || r.ctx.Err() != nil {
+	if r.failures++; r.failures == 1 {
+		r.broke = time.Now()
+	}
+	if r.failures >= maxAttempts && time.Since(r.broke) >= r.patience || r.ctx.Err() != nil {
 		if cause := r.ctx.Err(); cause != nil {
 			err = cause
 		} else if err == io.EOF {
@@ -1290,6 +1295,25 @@ func (r *objectReader) Close() error { r.close(); return nil }
 // backoff is the wait before the n-th retry (n from 1): 0.2 s, 0.4 s, ... at most maxBackoff.
 func backoff(n int) time.Duration {
 	return min(100*time.Millisecond<<min(n, 10), maxBackoff)
+}
+
+// storePatience is how long a base backup or a restore, which may be hours old, bears with
+// a store that is away, for example while it is restarted: longer than the SDK's attempts.
+const storePatience = 10 * time.Minute
+
+// persist calls do again while it fails with errTransient, for as long as patience says.
+func persist(ctx context.Context, patience time.Duration, do func() error) error {
+	began := time.Now()
+	for n := 1; ; n++ {
+		err := do()
+		if !errors.Is(err, errTransient) || time.Since(began) >= patience || ctx.Err() != nil {
+			return err
+		}
+		slog.Warn("The store does not answer as it should, trying again", "since", began.UTC().Format(time.RFC3339), "limit", patience.String(), "error", err)
+		if sleep(ctx, backoff(n)) != nil {
+			return err
+		}
+	}
 }
 
 // sleep waits, or returns the context's error.
@@ -1411,6 +1435,7 @@ type putOptions struct {
 	PartSize int               // bytes; an object of at most this size is sent in one request
 	Parts    int               // parts in memory at once, each of which is being filled or on its way
 	Body     hash.Hash32       // CRC-32C of the body, where it is known: for servers that check it
+	Patience time.Duration     // for how long each request is repeated while the store is away
 	Limiter  *rate.Limiter
 	Memory   *semaphore.Weighted // bytes that all writers with this budget share; nil: no limit but the parts
 }
@@ -1524,19 +1549,24 @@ func (w *objectWriter) flush() error {
 	if w.uploadID == nil {
 		input := &s3.CreateMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key, Metadata: w.o.Metadata, ChecksumAlgorithm: checksum}
 		input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = w.store.encryptionAndTags(w.o)
-		// Not ended by the writer's context: a request that was cancelled while the server
-		// worked on it would leave an upload whose id nobody knows.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), requestTimeout)
-		defer cancel()
-		defer context.AfterFunc(w.ctx, func() { time.AfterFunc(cleanupTimeout, cancel) })()
-		out, err := w.store.client.CreateMultipartUpload(ctx, input)
-		if err == nil && aws.ToString(out.UploadId) == "" {
-			err = errNotS3
-		}
-		if err != nil {
+		err := persist(w.ctx, w.o.Patience, func() error {
+			// Not ended by the writer's context: a request that was cancelled while the server
+			// worked on it would leave an upload whose id nobody knows.
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), requestTimeout)
+			defer cancel()
+			defer context.AfterFunc(w.ctx, func() { time.AfterFunc(cleanupTimeout, cancel) })()
+			out, err := w.store.client.CreateMultipartUpload(ctx, input)
+			if err == nil && aws.ToString(out.UploadId) == "" {
+				err = errNotS3
+			}
+			if err == nil {
+				w.uploadID = out.UploadId
+			}
 			return w.store.wrap("create multipart upload", w.key, err)
+		})
+		if err != nil {
+			return err
 		}
-		w.uploadID = out.UploadId
 	}
 	number := int32(len(w.parts) + 1)
 	if number > maxParts {
@@ -1554,10 +1584,14 @@ func (w *objectWriter) flush() error {
 			w.cancel(err)
 			return
 		}
-		out, err := w.store.client.UploadPart(w.ctx, &s3.UploadPartInput{Bucket: &w.store.bucket, Key: &w.key, UploadId: w.uploadID,
-			PartNumber: &number, Body: io.NewSectionReader(part, 0, int64(part.size)), ChecksumAlgorithm: checksum})
+		var out *s3.UploadPartOutput
+		err := persist(w.ctx, w.o.Patience, func() (err error) {
+			out, err = w.store.client.UploadPart(w.ctx, &s3.UploadPartInput{Bucket: &w.store.bucket, Key: &w.key, UploadId: w.uploadID,
+				PartNumber: &number, Body: io.NewSectionReader(part, 0, int64(part.size)), ChecksumAlgorithm: checksum})
+			return w.store.wrap(fmt.Sprintf("upload part %d of", number), w.key, err)
+		})
 		if err != nil {
-			w.cancel(w.store.wrap(fmt.Sprintf("upload part %d of", number), w.key, err))
+			w.cancel(err)
 			return
 		}
 		w.mu.Lock()
@@ -1600,7 +1634,9 @@ func (w *objectWriter) Close() (err error) {
 		if err := w.throttle(w.part.size); err != nil {
 			return err
 		}
-		return w.store.put(w.ctx, w.key, io.NewSectionReader(w.part, 0, int64(w.part.size)), w.o)
+		return persist(w.ctx, w.o.Patience, func() error {
+			return w.store.put(w.ctx, w.key, io.NewSectionReader(w.part, 0, int64(w.part.size)), w.o)
+		})
 	}
 	if w.part.size > 0 {
 		if err := w.flush(); err != nil {
@@ -1611,20 +1647,26 @@ func (w *objectWriter) Close() (err error) {
 	if err := context.Cause(w.ctx); err != nil {
 		return err
 	}
-	err = w.store.conditionally(w.o.IfAbsent, func(condition *string) error {
-		out, err := w.store.client.CompleteMultipartUpload(w.ctx, &s3.CompleteMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key,
-			UploadId: w.uploadID, IfNoneMatch: condition, MultipartUpload: &s3types.CompletedMultipartUpload{Parts: w.parts}})
-		if err == nil && out.ETag == nil {
-			err = errNotS3
+	err = persist(w.ctx, w.o.Patience, func() error {
+		err := w.store.conditionally(w.o.IfAbsent, func(condition *string) error {
+			out, err := w.store.client.CompleteMultipartUpload(w.ctx, &s3.CompleteMultipartUploadInput{Bucket: &w.store.bucket, Key: &w.key,
+				UploadId: w.uploadID, IfNoneMatch: condition, MultipartUpload: &s3types.CompletedMultipartUpload{Parts: w.parts}})
+			if err == nil && out.ETag == nil {
+				err = errNotS3
+			}
+			return w.store.wrap("complete multipart upload of", w.key, err)
+		})
+		if errors.Is(err, errNotFound) {
+			// "No such upload" after a lost reply: an attempt of ours may have completed it.
+			switch h, headErr := w.store.Head(w.ctx, w.key); {
+			case errors.Is(headErr, errTransient):
+				return headErr
+			case headErr == nil && h.Size == w.size && h.Metadata[contentSum] == w.o.Metadata[contentSum]:
+				return nil
+			}
 		}
-		return w.store.wrap("complete multipart upload of", w.key, err)
+		return err
 	})
-	if errors.Is(err, errNotFound) {
-		// "No such upload" after a lost reply: an attempt of ours may have completed it.
-		if h, headErr := w.store.Head(w.ctx, w.key); headErr == nil && h.Size == w.size && h.Metadata[contentSum] == w.o.Metadata[contentSum] {
-			err = nil
-		}
-	}
 	if err == nil {
 		w.uploadID = nil
 	}
@@ -2395,7 +2437,8 @@ const backupIDLayout = "20060102T150405"
 const catalogReaders = 8
 
 // Catalog lists what lies under base/ and reads every backup.info of the server. One that
-// cannot be understood does not hide the others.
+// cannot be understood, or that the server will not hand out (moved to cold storage, or
+// encrypted with a key that is gone), does not hide the others.
 func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 	c := &Catalog{Unreadable: map[string]error{}, objects: map[string]*backupObjects{}}
 	prefix := s.key("base/")
@@ -2422,8 +2465,11 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 		if file == keepFile {
 			switch content, _, err := s.read(ctx, o.Key, 64); {
 			case errors.Is(err, errNotFound): // taken back since the listing
-			case err != nil:
+			case errors.Is(err, errTransient), ctx.Err() != nil:
 				return nil, err
+			case err != nil:
+				slog.Warn("Why a backup is to be kept cannot be read; it is kept", "backupID", id, "error", err)
+				b.keep = "full"
 			case string(content) == "standalone":
 				b.keep = "standalone"
 			default: // whatever it says
@@ -2439,6 +2485,7 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 		readers.Go(func() error { infos[i], errs[i] = s.ReadBackupInfo(ctx, id); return nil })
 	}
 	readers.Wait()
+	var refused error
 	for i, id := range ids {
 		switch err := errs[i]; {
 		case err == nil:
@@ -2446,11 +2493,17 @@ func (s *Store) Catalog(ctx context.Context) (*Catalog, error) {
 			c.Backups = append(c.Backups, infos[i])
 		case errors.Is(err, errNotFound):
 			c.Incomplete = append(c.Incomplete, id)
-		case errors.Is(err, errBadBackupInfo):
-			c.Unreadable[id] = err
-		default:
+		case errors.Is(err, errTransient), ctx.Err() != nil:
 			return nil, err
+		default:
+			c.Unreadable[id] = err
+			if !errors.Is(err, errBadBackupInfo) {
+				refused = err
+			}
 		}
+	}
+	if len(c.Backups) == 0 && refused != nil {
+		return nil, refused // more likely a matter of all than of each
 	}
 	return c, nil
 }
@@ -2504,7 +2557,8 @@ func (s *Store) ReadBackupInfo(ctx context.Context, id string) (*BackupInfo, err
 	return b, nil
 }
 
-// WriteBackupInfo stores a backup.info. It is the last object of a backup to be written.
+// WriteBackupInfo stores a backup.info. It is the last object of a backup to be written, and
+// the first one stays: a DONE that a gateway delivers late does not replace a FAILED.
 func (s *Store) WriteBackupInfo(ctx context.Context, b *BackupInfo) error {
 	content := b.marshal()
 	metadata := map[string]string{contentSum: sumOf(content)}
@@ -2521,7 +2575,14 @@ func (s *Store) WriteBackupInfo(ctx context.Context, b *BackupInfo) error {
 		}
 		metadata[badPages] = list
 	}
-	return s.Put(ctx, s.baseKey(b.ID, backupInfoFile), content, putOptions{Data: true, Metadata: metadata})
+	key := s.baseKey(b.ID, backupInfoFile)
+	err := s.Put(ctx, key, content, putOptions{Data: true, Metadata: metadata, IfAbsent: true})
+	if errors.Is(err, errPrecondition) { // an attempt of ours may have stored it, and its reply was lost
+		if stored, _, readErr := s.read(ctx, key, maxBackupInfo+1); readErr == nil && bytes.Equal(stored, content) {
+			return nil
+		}
+	}
+	return err
 }
 
 // ---------------------------------------------------------------------------

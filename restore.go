@@ -449,12 +449,19 @@ func checkFirstWAL(ctx context.Context, s *Store, b *BackupInfo) error {
 	if err != nil {
 		return fmt.Errorf("check that the archive has the first WAL segment %s: %w", b.BeginWAL, err)
 	}
-	if len(objects) == 0 {
-		return fmt.Errorf("%w: the archive does not have its first WAL segment, %s: choose a later backup",
-			errNoRecoverable, s.URL(s.walPrefix(b.BeginWAL)))
+	if len(objects) > 0 {
+		return nil
 	}
-	return nil
+	err = fmt.Errorf("%w: the archive does not have its first WAL segment, %s: choose a later backup", errNoRecoverable, s.URL(s.walPrefix(b.BeginWAL)))
+	// What says that a standby's backup has it is lost when the bucket is copied without metadata.
+	if b.BeginWAL == b.EndWAL && strings.Contains(b.BackupLabel, "\nBACKUP FROM: standby\n") {
+		return fmt.Errorf("%w: %w", errOnlyInside, err)
+	}
+	return err
 }
+
+// errOnlyInside says that the first WAL segment is nowhere, unless it is in the archives of the backup.
+var errOnlyInside = errors.New("it may be in the backup itself")
 
 // ---------------------------------------------------------------------------
 // Restoring a backup
@@ -497,8 +504,9 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 	if err != nil {
 		return err
 	}
-	if err := checkFirstWAL(ctx, s, b); err != nil {
-		return err
+	inside := checkFirstWAL(ctx, s, b)
+	if inside != nil && !errors.Is(inside, errOnlyInside) {
+		return inside
 	}
 	r := &restorer{store: s, backup: b, read: startProgress("restore"), tablespaces: map[uint32]*targetDir{}, winners: map[string]int{}}
 	defer r.read.stop()
@@ -516,6 +524,9 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 	if err == nil {
 		_, err = r.sums.check(b.BeginLSN)
 	}
+	if err == nil && inside != nil && !r.hasWAL(b.BeginWAL) {
+		err = inside
+	}
 	if err == nil && o.Settings != nil {
 		err = o.Settings()
 	}
@@ -526,6 +537,14 @@ func restoreBackup(ctx context.Context, s *Store, b *BackupInfo, o restoreOption
 		err = fmt.Errorf("%w (what was restored so far stays in %s, unusable, until it is removed or the restore is run again)", err, strings.Join(r.paths, ", "))
 	}
 	return err
+}
+
+// hasWAL says whether the backup itself had this segment.
+func (r *restorer) hasWAL(name string) bool {
+	if r.wal != nil {
+		return fileExists(filepath.Join(r.wal.path, name))
+	}
+	return fileExists(filepath.Join(r.data.path, "pg_wal", name))
 }
 
 // restorer is one restore in progress.
@@ -728,11 +747,16 @@ func (r *restorer) extractAll(ctx context.Context, archives []dataArchive, jobs 
 
 // extract fetches one archive and unpacks it as it comes.
 func (r *restorer) extract(ctx context.Context, a dataArchive) error {
-	body, err := r.store.Get(ctx, a.Key)
+	var body *objectReader
+	err := persist(ctx, storePatience, func() (err error) {
+		body, err = r.store.Get(ctx, a.Key)
+		return err
+	})
 	if err != nil {
 		return err
 	}
 	defer body.Close()
+	body.patience = storePatience
 	if body.Size != a.Size {
 		return fmt.Errorf("%s: it has %d bytes, and had %d in the listing: somebody is writing to this backup", r.store.URL(a.Key), body.Size, a.Size)
 	}

@@ -919,6 +919,45 @@ func TestRestoreResumes(t *testing.T) {
 	}
 }
 
+// A backup.info that the server will not hand out, as when a lifecycle rule has moved it to cold
+// storage, hides no other backup and stops no archiving; where that is so of all, the keys are wrong.
+func TestCatalogDenied(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	a := aWeek()
+	a.write(t, s, bucket, "main")
+	proxy := startFaultProxy(t, s)
+	store := testStoreFile(t, storeFileAt(t, s, proxy.Endpoint, "s3://"+bucket), "main")
+	all, err := store.Catalog(t.Context())
+	if err != nil || len(all.Backups) < 3 {
+		t.Fatal(err)
+	}
+	oldest, newest := all.Backups[0], all.Backups[len(all.Backups)-1]
+	for _, b := range []*BackupInfo{oldest, newest} {
+		proxy.add(fault{Method: "GET", Path: regexp.MustCompile(b.ID + `/backup\.info`), Do: answerError, HTTP: 403, Code: "InvalidObjectState"})
+	}
+	c, err := store.Catalog(t.Context())
+	if err != nil || len(c.Backups) != len(all.Backups)-2 || !errors.Is(c.Unreadable[oldest.ID], errDenied) || !errors.Is(c.Unreadable[newest.ID], errDenied) {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if b, err := findBackup(t.Context(), store, nil); err != nil || b.ID == newest.ID {
+		t.Errorf("%+v, %v", b, err)
+	}
+	mustSay(t, second(findBackup(t.Context(), store, &RecoveryTarget{BackupID: newest.ID})), errNoBackup, newest.ID, "InvalidObjectState")
+	for _, b := range []*BackupInfo{oldest, newest} {
+		before := s.keys(t, bucket, "main/base/"+b.ID)
+		r, err := store.enforceRetention(t.Context(), retentionOptions{Policy: "1d", Now: time.Now()})
+		if left := s.keys(t, bucket, "main/base/"+b.ID); err != nil || !slices.Equal(left, before) {
+			t.Errorf("%q are left of %q: %+v, %v", left, before, r, err)
+		}
+	}
+	if err := checkSystem(t.Context(), store, 7); err != nil {
+		t.Error(err)
+	}
+	proxy.add(fault{Method: "GET", Path: regexp.MustCompile(`/backup\.info`), Do: answerError, HTTP: 403, Code: "AccessDenied"})
+	mustSay(t, second(store.Catalog(t.Context())), errDenied, "/backup.info")
+	mustSay(t, checkSystem(t.Context(), store, 7), errDenied, "/backup.info")
+}
+
 // A restore that is interrupted leaves nothing that looks like a database, and can be run again.
 func TestRestoreInterrupted(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)

@@ -24,9 +24,11 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -513,12 +515,15 @@ func checkSystem(ctx context.Context, s *Store, systemID uint64) error {
 		return fmt.Errorf("check whose archive it is: %w", err)
 	}
 	slices.Sort(ids)
+	var refused error
 	for _, id := range slices.Backward(ids) {
 		b, err := s.ReadBackupInfo(ctx, id)
 		switch {
 		case errors.Is(err, errNotFound), errors.Is(err, errBadBackupInfo):
-		case err != nil:
+		case errors.Is(err, errTransient), ctx.Err() != nil:
 			return fmt.Errorf("check whose archive it is: %w", err)
+		case err != nil: // an older one may do
+			refused = fmt.Errorf("check whose archive it is: %w", err)
 		case !b.Done() || b.SystemID == "":
 		case systemID != 0 && b.SystemID != strconv.FormatUint(systemID, 10):
 			return fmt.Errorf("%w: %s is of system identifier %s, this cluster has %d: it was upgraded to a new major version, which makes a new system identifier, "+
@@ -527,7 +532,7 @@ func checkSystem(ctx context.Context, s *Store, systemID uint64) error {
 			return nil
 		}
 	}
-	return nil
+	return refused
 }
 
 // explainDifference says whose segment lies in the archive and what to do about it.
@@ -727,7 +732,7 @@ func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead boo
 		select {
 		case <-u.done:
 		case <-ctx.Done():
-			return ctx.Err()
+			return fmt.Errorf("archive %s: %w", key.name, ctx.Err())
 		}
 		if info, err := os.Stat(path); err == nil && u.err == nil && sameFile(info, u.file) {
 			a.remember(s, path)
@@ -848,12 +853,25 @@ func (a *archiver) drain(ctx context.Context) {
 		slog.Warn("Cannot see whether WAL files wait to be archived", "error", err)
 		return
 	}
-	for i, name := range names {
-		// After a crash a mark may stand for a segment that is gone (pgarch.c): PostgreSQL passes it over too.
-		if err := archiveWAL(ctx, s, filepath.Join(pgWAL, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			slog.Error("WAL files stay behind in pg_wal; they are archived when the instance is back", "files", len(names)-i, "first", name, "error", err)
-			return
-		}
+	var left atomic.Int64
+	left.Store(int64(len(names)))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(max(1, s.Config.Configuration.WAL.MaxParallel))
+	for _, name := range names {
+		g.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return err // another one has failed, or the time is over
+			}
+			// After a crash a mark may stand for a segment that is gone (pgarch.c): PostgreSQL passes it over too.
+			if err := a.archive(ctx, s, filepath.Join(pgWAL, name), false); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			left.Add(-1)
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		slog.Error("WAL files stay behind in pg_wal; they are archived when the instance is back", "files", left.Load(), "error", err)
 	}
 }
 

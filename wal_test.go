@@ -1424,6 +1424,34 @@ func TestArchiveDrain(t *testing.T) {
 	}
 }
 
+// maxParallel of them at once; one that cannot be stored in time does not hold up the others.
+func TestArchiveDrainParallel(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "wal: {maxParallel: 2}"))
+	a := newArchiver(t.Context())
+	pgWAL, contents := readyWAL(t, 1, 2, 3, 4)
+	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, 1, mib)), false); err != nil {
+		t.Fatal(err)
+	}
+	stalled := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(segmentName(1, 2, mib)), Do: stallRequest})
+	log := captureLog(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	drained := make(chan struct{})
+	go func() { defer close(drained); a.drain(ctx) }()
+	waitFor(t, "the others", func() bool { return len(server.keys(t, bucket, "")) == 3 && proxy.hits(stalled) > 0 })
+	cancel()
+	<-drained
+	if !log.has("stay behind") || !log.has(`"files":1`) || !log.has("archive "+segmentName(1, 2, mib)) {
+		t.Error("the log does not say which file is left")
+	}
+	proxy.clear()
+	a.drain(t.Context())
+	for name, content := range contents {
+		mustFetch(t, s, name, content)
+	}
+}
+
 // restoreClient asks a WAL service as the instance manager does.
 type restoreClient struct {
 	t           testing.TB
