@@ -741,17 +741,20 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		}
 	}
 	return s3.NewFromConfig(cfg, func(o *s3.Options) {
-		o.Retryer = retry.NewStandard(func(r *retry.StandardOptions) {
+		o.Retryer = loggedRetryer{retry.NewStandard(func(r *retry.StandardOptions) {
 			r.MaxAttempts, r.MaxBackoff = cmp.Or(cfg.RetryMaxAttempts, maxAttempts), maxBackoff
 			// The budget is the number of attempts; a bucket of tokens shared by all
 			// requests would make one bad minute fail the requests of the next one.
 			r.RateLimiter = ratelimit.None
-		})
+		})}
 		o.DisableLogOutputChecksumValidationSkipped = true
 		// Waiting for "100 Continue" costs a round trip for each segment.
 		o.ContinueHeaderThresholdBytes = -1
 		if conf.EndpointURL != "" {
 			o.BaseEndpoint = aws.String(conf.EndpointURL)
+			o.APIOptions = append(o.APIOptions, unsignedAcceptEncoding)
+		}
+		if conf.EndpointURL != "" && !ofAWS(conf.EndpointURL) {
 			// Many S3-compatible servers refuse the checksums that the SDK adds by default.
 			if os.Getenv("AWS_REQUEST_CHECKSUM_CALCULATION") == "" {
 				o.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
@@ -762,6 +765,41 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		}
 		o.UsePathStyle = s.addressing == "path" || s.addressing != "virtual" && conf.EndpointURL != ""
 	}), nil
+}
+
+// ofAWS says whether an endpoint is one of AWS: of a region, or of a VPC. A bucket with object lock wants checksums there.
+func ofAWS(endpoint string) bool {
+	u, err := url.Parse(endpoint)
+	return err == nil && (strings.HasSuffix(u.Hostname(), ".amazonaws.com") || strings.HasSuffix(u.Hostname(), ".amazonaws.com.cn"))
+}
+
+// unsignedAcceptEncoding keeps a header out of the signature that Google's and Cloudflare's
+// front ends change, whereupon the store behind them would refuse the request.
+func unsignedAcceptEncoding(stack *middleware.Stack) error {
+	const header = "Accept-Encoding"
+	var value string // the stack is that of one request
+	around := func(name string, change func(http.Header)) middleware.FinalizeMiddleware {
+		return middleware.FinalizeMiddlewareFunc(name, func(ctx context.Context, in middleware.FinalizeInput, next middleware.FinalizeHandler) (middleware.FinalizeOutput, middleware.Metadata, error) {
+			if r, ok := in.Request.(*smithyhttp.Request); ok {
+				change(r.Header)
+			}
+			return next.HandleFinalize(ctx, in)
+		})
+	}
+	if err := stack.Finalize.Insert(around("TakeAcceptEncoding", func(h http.Header) { value = h.Get(header); h.Del(header) }), "Signing", middleware.Before); err != nil {
+		return err
+	}
+	// net/http would ask for gzip without it, and unpack what is compressed.
+	return stack.Finalize.Insert(around("PutAcceptEncoding", func(h http.Header) { h.Set(header, cmp.Or(value, "identity")) }), "Signing", middleware.After)
+}
+
+// loggedRetryer says why a request is sent again: five attempts at a server that hangs take long.
+type loggedRetryer struct{ *retry.Standard }
+
+func (r loggedRetryer) RetryDelay(attempt int, err error) (time.Duration, error) {
+	delay, delayErr := r.Standard.RetryDelay(attempt, err)
+	slog.Info("A request to the store failed, trying again", "attempt", attempt, "delay", delay.Round(time.Millisecond).String(), "error", describe(err))
+	return delay, delayErr
 }
 
 // embeddedRoots has the public CAs trusted where the system has none, as in the image. The
@@ -900,6 +938,8 @@ func (s *Store) wrap(op, key string, err error) error {
 		}
 	case status == http.StatusMovedPermanently, code == "AuthorizationHeaderMalformed", code == "IllegalLocationConstraintException":
 		e.hint = fmt.Sprintf("set the region of bucket %q: s3Credentials.region of ObjectStore %s", s.bucket, s.Config.Name)
+	case code == "InvalidRequest" && strings.Contains(err.Error(), "x-amz-checksum"):
+		e.hint = "the bucket has object lock: set AWS_REQUEST_CHECKSUM_CALCULATION=when_supported in the environment of this program"
 	case status == http.StatusNotFound, errors.Is(err, errNotS3):
 		e.hint = fmt.Sprintf("that is no answer of an S3 server: check endpointURL of ObjectStore %s, and what stands in front of %s", s.Config.Name, where)
 	case errors.As(err, &unknownCA), errors.As(err, &hostname):

@@ -1125,3 +1125,16 @@ func TestIAMRole(t *testing.T) {
 		})
 	}
 }
+
+// AWS gets checksums by whatever address, other servers only if they are told so.
+func TestStoreSendsChecksums(t *testing.T) {
+	for endpoint, want := range map[string]bool{
+		"": true, "https://s3.eu-central-1.amazonaws.com": true, "https://bucket.vpce-1a2b.s3.us-east-1.vpce.amazonaws.com": true,
+		"https://s3.cn-north-1.amazonaws.com.cn:443": true, "https://minio.example": false, "http://amazonaws.com.example": false,
+	} {
+		s, err := OpenStore(t.Context(), StoreConfig{Name: "store", Configuration: Configuration{DestinationPath: "s3://b", EndpointURL: endpoint}})
+		if err != nil || s.sendsChecksums() != want {
+			t.Errorf("%q: %v, %v", endpoint, err, s.sendsChecksums())
+		}
+	}
+}

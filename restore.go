@@ -1499,7 +1499,8 @@ func restoreCommand(program string, args ...string) string {
 		}
 		words = append(words, strings.ReplaceAll(w, "%", "%%")) // PostgreSQL expands %f, %p, %r and %%
 	}
-	return strings.Join(append(words, `"%f"`, `"%p"`), " ")
+	// A program that crashes or lacks memory exits with a code that PostgreSQL takes for the end of the archive.
+	return strings.Join(append(words, `"%f"`, `"%p"`), " ") + ` || { test $? = 1 && exit 1; exit 130; }`
 }
 
 // writeRecoverySettings lets `pg_ctl start` finish a restore into dir: it adds the

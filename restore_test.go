@@ -12,6 +12,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -1034,8 +1035,16 @@ func TestRestoreCommand(t *testing.T) {
 		{[]string{"/opt/my tools/x", "it's", "100%"}, `'/opt/my tools/x' 'it'\''s' '100%%' "%f" "%p"`},
 		{[]string{"x", ""}, `x '' "%f" "%p"`},
 	} {
-		if got := restoreCommand(c.words[0], c.words[1:]...); got != c.want {
+		got, exit, _ := strings.Cut(restoreCommand(c.words[0], c.words[1:]...), " ||")
+		if got != c.want || exit == "" {
 			t.Errorf("%q: %s, want %s", c.words, got, c.want)
+		}
+	}
+	// PostgreSQL takes up to 125 for the end of the archive, which only 1 is: 2 is a Go program that crashed.
+	for code, want := range map[int]int{0: 0, 1: 1, 2: 130, 125: 130, 127: 130, 130: 130, 143: 130} {
+		cmd := exec.Command("sh", "-c", restoreCommand("sh", "-c", fmt.Sprintf("exit %d", code)))
+		if cmd.Run(); cmd.ProcessState.ExitCode() != want {
+			t.Errorf("exit code %d became %d, want %d", code, cmd.ProcessState.ExitCode(), want)
 		}
 	}
 }

@@ -1046,7 +1046,8 @@ func (p *faultProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	out := r.Clone(r.Context())
 	out.URL.Scheme, out.URL.Host, out.RequestURI = p.upstream.Scheme, p.upstream.Host, ""
-	out.Header.Del("Expect") // net/http answers it for us; the signature does not cover it. Host stays: it is signed.
+	out.Header.Set("Accept-Encoding", "gzip, br") // as some front ends do: nothing that is signed may depend on it
+	out.Header.Del("Expect")                      // net/http answers it for us; the signature does not cover it. Host stays: it is signed.
 	response, err := p.transport.RoundTrip(out)
 	if err != nil {
 		reset(w)

@@ -314,8 +314,9 @@ func archiveWAL(ctx context.Context, s *Store, file string) error {
 	return archiveWALInTurn(ctx, s, file, func() {})
 }
 
-// archiveWALInTurn is archiveWAL that says when it has begun to compress the file: others
-// that ask after that are behind it.
+// archiveWALInTurn is archiveWAL that says when it compresses the file, so that others that
+// ask after that are behind it, and nothing in the archive is in its way. Of a history file
+// it says nothing: the segments of a timeline are no use without it.
 func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) (err error) {
 	start := time.Now()
 	name, err := parseWALName(filepath.Base(file))
@@ -350,15 +351,23 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	}
 	compressed := sync.OnceFunc(func() { walCompressors.Release(weight) })
 	defer compressed()
-	begun()
 	// What is there already is asked for while the file is being compressed.
 	ctx, cancel := context.WithCancel(ctx)
 	var there []walObject
 	var listErr error
 	var listing sync.WaitGroup
 	defer func() { cancel(); listing.Wait() }()
-	if name.Kind != walPartial {
-		listing.Go(func() { there, listErr = walObjects(ctx, s, name.Name, false) })
+	if name.Kind == walHistory {
+		begun = func() {}
+	}
+	if name.Kind == walPartial {
+		begun()
+	} else {
+		listing.Go(func() {
+			if there, listErr = walObjects(ctx, s, name.Name, false); listErr == nil && len(there) == 0 {
+				begun()
+			}
+		})
 	}
 
 	key := s.walPrefix(name.Name) + codec.suffix
@@ -409,6 +418,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 		if err := sameContent(ctx, s, name, there, f); err != nil {
 			return err
 		}
+		begun()
 		slog.Info("WAL file was in the archive already, with the same content", "walName", name.Name)
 		return nil
 	}
@@ -471,8 +481,12 @@ func sameContent(ctx context.Context, s *Store, name walName, objects []walObjec
 	if err != nil {
 		return err
 	}
+	end, err := timelineEnd(filepath.Dir(f.Name()), name, info.Size())
+	if err != nil {
+		return err
+	}
 	for _, o := range objects {
-		local := &comparison{f: f}
+		local := &comparison{f: f, end: end}
 		header, size, err := readWAL(ctx, s, o, local)
 		switch {
 		case errors.Is(err, errDamaged):
@@ -486,9 +500,41 @@ func sameContent(ctx context.Context, s *Store, name walName, objects []walObjec
 	return nil
 }
 
+// timelineEnd is up to which byte a file is WAL of its timeline: its size, unless a history
+// file beside it says that the timeline ends inside. Where archive_mode is always, as in replica
+// clusters, PostgreSQL archives such a segment more than once, first as it was received and
+// then as it was restored from the source's .partial, each time with another remainder.
+func timelineEnd(pgWAL string, name walName, size int64) (int64, error) {
+	if name.Kind != walSegment {
+		return size, nil
+	}
+	histories, err := filepath.Glob(filepath.Join(pgWAL, "????????.history"))
+	if err != nil {
+		return 0, err
+	}
+	for _, file := range histories {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			return 0, err
+		}
+		switches, err := parseTimelineHistory(content)
+		if err != nil {
+			continue // PostgreSQL will say so
+		}
+		for _, ancestor := range switches {
+			inside := int64(uint64(ancestor.At) % uint64(size))
+			if inside > 0 && ancestor.Timeline == name.Timeline && segmentName(name.Timeline, segmentNumber(ancestor.At, size), size) == name.Name {
+				return inside, nil
+			}
+		}
+	}
+	return size, nil
+}
+
 // comparison notes whether what is written to it differs from a file.
 type comparison struct {
 	f         *os.File
+	end       int64 // what follows does not count
 	local     []byte
 	size      int64
 	different bool
@@ -500,7 +546,8 @@ func (c *comparison) Write(b []byte) (int, error) {
 	if err != nil && err != io.EOF {
 		return 0, err
 	}
-	c.different = c.different || !bytes.Equal(c.local[:n], b)
+	counts := int(min(max(c.end-c.size, 0), int64(len(b))))
+	c.different = c.different || !bytes.Equal(c.local[:min(n, counts)], b[:counts])
 	c.size += int64(len(b))
 	return len(b), nil
 }
@@ -728,11 +775,18 @@ func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead boo
 		}
 	}
 	if u != nil {
-		next()
+		select {
+		case <-u.done:
+		default:
+			next()
+		}
 		select {
 		case <-u.done:
 		case <-ctx.Done():
 			return fmt.Errorf("archive %s: %w", key.name, ctx.Err())
+		}
+		if u.err == nil {
+			next()
 		}
 		if info, err := os.Stat(path); err == nil && u.err == nil && sameFile(info, u.file) {
 			a.remember(s, path)
@@ -857,20 +911,31 @@ func (a *archiver) drain(ctx context.Context) {
 	left.Store(int64(len(names)))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(1, s.Config.Configuration.WAL.MaxParallel))
-	for _, name := range names {
-		g.Go(func() error {
-			if err := ctx.Err(); err != nil {
-				return err // another one has failed, or the time is over
-			}
-			// After a crash a mark may stand for a segment that is gone (pgarch.c): PostgreSQL passes it over too.
-			if err := a.archive(ctx, s, filepath.Join(pgWAL, name), false); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-			left.Add(-1)
-			return nil
-		})
+	store := func(name string) error {
+		if err := ctx.Err(); err != nil {
+			return err // another one has failed, or the time is over
+		}
+		// After a crash a mark may stand for a segment that is gone (pgarch.c): PostgreSQL passes it over too.
+		if err := a.archive(ctx, s, filepath.Join(pgWAL, name), false); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		left.Add(-1)
+		return nil
 	}
-	if err := g.Wait(); err != nil {
+	// If the history of a timeline or the first segment is refused, the rest is to stay here too.
+	slices.SortStableFunc(names, func(a, b string) int { return cmp.Compare(len(a), len(b)) }) // history files have short names
+	alone := 0
+	for err == nil && alone < len(names) && (alone == 0 || strings.HasSuffix(names[alone-1], ".history")) {
+		err = store(names[alone])
+		alone++
+	}
+	if err != nil {
+		alone = len(names)
+	}
+	for _, name := range names[alone:] {
+		g.Go(func() error { return store(name) })
+	}
+	if err = cmp.Or(err, g.Wait()); err != nil {
 		slog.Error("WAL files stay behind in pg_wal; they are archived when the instance is back", "files", left.Load(), "error", err)
 	}
 }

@@ -1401,6 +1401,77 @@ func TestArchiveLookAheadStoreSwitched(t *testing.T) {
 	mustSay(t, a.archive(t.Context(), before, third, true), errDifferent)
 }
 
+// Nothing is stored ahead of a file that the archive has otherwise: that is another cluster's
+// archive, and what its owner archives next would find ours there.
+func TestArchiveLookAheadRefused(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	s := openTestStore(t, storeFile(t, server, bucket, "wal: {maxParallel: 8}"))
+	owner, contents := readyWAL(t, 1)
+	first := segmentName(1, 1, mib)
+	if err := archiveWAL(t.Context(), s, filepath.Join(owner, first)); err != nil {
+		t.Fatal(err)
+	}
+	a := newArchiver(t.Context())
+	pgWAL, _ := readyWAL(t, 1, 2, 3, 4)
+	if err := os.WriteFile(filepath.Join(pgWAL, first), segment(first, mib, 7, 99), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	mustSay(t, a.archive(t.Context(), s, filepath.Join(pgWAL, first), true), errDifferent, first)
+	a.workers.Wait()
+	if err := os.WriteFile(filepath.Join(pgWAL, "00000002.history"), []byte("1\t0/108000\tfork\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, "00000002.history"), true); err != nil {
+		t.Fatal(err)
+	}
+	a.workers.Wait()
+	if keys := server.keys(t, bucket, ""); len(keys) != 2 {
+		t.Errorf("the archive has %q", keys)
+	}
+	mustFetch(t, s, first, contents[first])
+	a.remember(s, filepath.Join(pgWAL, first))
+	a.drain(t.Context())
+	if keys := server.keys(t, bucket, ""); len(keys) != 2 {
+		t.Errorf("drained although the first one was refused: %q", keys)
+	}
+}
+
+// Of a segment in which its timeline ends only what comes before counts: replica clusters archive it
+// as it was received and again as it was restored.
+func TestArchiveEndOfTimeline(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	s := openTestStore(t, storeFile(t, server, bucket))
+	pgWAL, contents := readyWAL(t, 1)
+	name := segmentName(1, 1, mib)
+	file := filepath.Join(pgWAL, name)
+	archive := func(change int) error {
+		content := slices.Clone(contents[name])
+		if change >= 0 {
+			content[change]++
+		}
+		if err := os.WriteFile(file, content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return archiveWAL(t.Context(), s, file)
+	}
+	if err := archive(-1); err != nil {
+		t.Fatal(err)
+	}
+	mustSay(t, archive(0x8000), errDifferent, name)
+	for history, at := range map[string]string{"00000002": "0/200000", "00000003": "0/100000", "00000004": "0/108000"} {
+		if err := os.WriteFile(filepath.Join(pgWAL, history+".history"), []byte("1\t"+at+"\tno recovery target specified\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, change := range []int{-1, 0x8000, mib - 1} {
+		if err := archive(change); err != nil {
+			t.Errorf("byte %#x differs: %v", change, err)
+		}
+	}
+	mustSay(t, archive(0x7fff), errDifferent, name)
+	mustFetch(t, s, name, contents[name])
+}
+
 // What PostgreSQL left behind is stored on SIGTERM, by an instance that has archived before.
 func TestArchiveDrain(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
