@@ -209,6 +209,7 @@ type baseBackup struct {
 
 	start    LSN      // pages that are newer were written during the backup, and its WAL makes them good
 	required []string // the WAL files that the backup needs, oldest first
+	behind   string   // the newest WAL file seen in the archive that is older than the first one missing: how far the archiver is
 	last     *archive // the data archive of the highest number, open for what comes last
 
 	closing  sync.WaitGroup // archives on their way to their end, besides the last one
@@ -737,7 +738,8 @@ func (b *baseBackup) waitForWAL(ctx context.Context) error {
 		default:
 			// An archiver with a backlog comes to the WAL of the backup late, but it comes;
 			// one that is past it already archives to another place.
-			if now, _ := b.archiver(ctx); len(left) < len(names) || now != archived && now < names[0] {
+			now, _ := b.archiver(ctx)
+			if now = cmp.Or(now, b.behind); len(left) < len(names) || now != archived && now < names[0] {
 				archived, moved = now, time.Now()
 			}
 			names = left
@@ -786,7 +788,11 @@ func (b *baseBackup) missingWAL(ctx context.Context, names []string) ([]string, 
 			if err != nil {
 				return nil, err
 			}
-			present[newWALObject(o).Name] = true
+			name := newWALObject(o).Name
+			present[name] = true
+			if name < names[0] {
+				b.behind = max(b.behind, name)
+			}
 		}
 		n := 0
 		for n < len(names) && present[names[n]] && !b.unarchived(names[n]) {
@@ -832,8 +838,8 @@ func (b *baseBackup) contested(ctx context.Context, name string) error {
 }
 
 // archiver asks the server what it last archived, and where to look when WAL does not
-// arrive. The former is "" on a standby, or when the server does not say: what counts is
-// whether the WAL arrives.
+// arrive. The former is "" on a standby, or when the server does not say: what counts then is
+// what arrives.
 func (b *baseBackup) archiver(ctx context.Context) (last, state string) {
 	if b.session.inRecovery {
 		return "", "see why the primary does not archive it (its log, its pg_stat_archiver, and the log of container plugin-barman-cloud in its Pod)"

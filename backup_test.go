@@ -637,6 +637,42 @@ func TestBackupOfStandby(t *testing.T) {
 	}
 }
 
+// A primary that is behind with archiving comes to the WAL of a standby's backup in the end: what
+// it archives meanwhile is seen in the archive.
+func TestBackupOfStandbyBehindBacklog(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, s, bucket)
+	primary := startPostgres(t, pgOptions{ArchiveCommand: "false"})
+	primary.Exec("CREATE TABLE t AS SELECT 1 AS a")
+	standby := startPostgres(t, pgOptions{StandbyOf: primary, ArchiveCommand: "false"})
+	const backlog = 5
+	for range backlog {
+		primary.Exec("INSERT INTO t VALUES (2)")
+		primary.SwitchWAL()
+	}
+	primary.Exec("CHECKPOINT")
+	caughtUp := func() {
+		waitFor(t, "the standby", func() bool {
+			return standby.Query("SELECT pg_last_wal_replay_lsn()") == primary.Query("SELECT pg_current_wal_flush_lsn()")
+		})
+	}
+	caughtUp()
+	standby.Exec("CHECKPOINT")
+	primary.SwitchWAL() // the backup needs a segment that is complete, and the beginning of another one
+	primary.Exec("INSERT INTO t VALUES (3)")
+	caughtUp()
+	primary.Exec("ALTER SYSTEM SET archive_command = 'sleep 2; " + archivingTo(t, file) + "'")
+	primary.Exec("SELECT pg_reload_conf()")
+	store := testStoreFile(t, file, "main")
+	info := mustBackUp(t, store, standby, backupOptions{StandbyPatience: time.Second, WALTimeout: 5 * time.Second})
+	if n := len(s.keys(t, bucket, "main/wals/")); n < backlog {
+		t.Errorf("the backlog of %d files is %d in the archive: there was none to wait for", backlog, n)
+	}
+	if err := checkFirstWAL(t.Context(), store, info); err != nil {
+		t.Error(err)
+	}
+}
+
 // A standby that is promoted in the middle of its backup fails it: whatever the backup has
 // then, DONE it is not.
 func TestBackupOfStandbyThatIsPromoted(t *testing.T) {

@@ -1018,7 +1018,7 @@ func restoreWAL(ctx context.Context, s *Store, file, destination string, o resto
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", file, err)
 	}
-	return patiently(ctx, file, o.Patience, func() error {
+	return patiently(ctx, file, o.Patience, func(ctx context.Context) error {
 		_, err := restoreOnce(ctx, s, name, destination, o.SystemID)
 		return err
 	})
@@ -1039,12 +1039,20 @@ func logRestored(name, object string, prefetched bool, start time.Time) {
 	slog.Info("Restored WAL file", "walName", name, "object", object, "prefetched", prefetched, "seconds", time.Since(start).Seconds())
 }
 
+// answerBy is the key of a context's time by which a store must have begun to answer. A
+// transfer that is under way may take longer.
+type answerBy struct{}
+
 // patiently runs attempts to restore a WAL file until one succeeds, says errNotFound or
-// errEndOfWAL, or fails for longer than the patience.
-func patiently(ctx context.Context, file string, patience time.Duration, fetch func() error) error {
+// errEndOfWAL, or fails for longer than the patience: a promotion asks for several files, and
+// a store that hangs would hold it up for minutes with each of them.
+func patiently(ctx context.Context, file string, patience time.Duration, fetch func(context.Context) error) error {
 	begin := time.Now()
+	if patience != forever {
+		ctx = context.WithValue(ctx, answerBy{}, begin.Add(patience))
+	}
 	for attempt := 1; ; attempt++ {
-		err := fetch()
+		err := fetch(ctx)
 		if err == nil {
 			return nil
 		}
@@ -1065,7 +1073,12 @@ func patiently(ctx context.Context, file string, patience time.Duration, fetch f
 // fetchWAL tries every stored form of a WAL file, the best one first, and returns the URL
 // of the object that it took and the size of the file.
 func fetchWAL(ctx context.Context, s *Store, name walName, destination string, systemID uint64, noPartial bool) (string, int64, error) {
-	objects, err := walObjects(ctx, s, name.Name, !noPartial)
+	listing, listed := ctx, context.CancelFunc(func() {})
+	if by, limited := ctx.Value(answerBy{}).(time.Time); limited {
+		listing, listed = context.WithDeadline(ctx, by)
+	}
+	objects, err := walObjects(listing, s, name.Name, !noPartial)
+	listed()
 	if err != nil {
 		return "", 0, err
 	}
@@ -1367,8 +1380,9 @@ func (p *prefetcher) follow(s *Store, name walName, size int64, systemID uint64)
 		p.workers.Go(func() {
 			defer close(e.done)
 			defer cancel()
-			w, _ := parseWALName(next.name) // it was made by segmentName
-			e.object, _, e.err = fetchWAL(ctx, s, w, e.path, systemID, true)
+			w, _ := parseWALName(next.name)                                                 // it was made by segmentName
+			prompt := context.WithValue(ctx, answerBy{}, time.Now().Add(streamingPatience)) // who asks for it waits too
+			e.object, _, e.err = fetchWAL(prompt, s, w, e.path, systemID, true)
 			switch {
 			case e.err == nil || ctx.Err() != nil:
 				return
@@ -1559,7 +1573,7 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 	}
 	systemID := systemIdentifier(w.pgdata)
 	began := time.Now()
-	return patiently(ctx, name.Name, patience, func() (err error) {
+	return patiently(ctx, name.Name, patience, func(ctx context.Context) (err error) {
 		defer func() {
 			atEnd := errors.Is(err, errNotFound) || errors.Is(err, errEndOfWAL) || ctx.Err() != nil
 			if passing := errors.Is(err, errTransient) && time.Since(began) < passingPatience; patience == forever && !atEnd && !passing {

@@ -1523,6 +1523,19 @@ func TestArchiveDrainParallel(t *testing.T) {
 	}
 }
 
+// A store that takes requests and does not answer holds up who can do without for no longer than its patience.
+func TestRestoreHangingStore(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+	stalled := proxy.add(fault{Method: http.MethodGet, Do: stallRequest})
+	err := restoreWAL(t.Context(), s, segmentName(1, 1, mib), filepath.Join(testDir(t), "wal"), restoreWALOptions{Patience: time.Second})
+	mustSay(t, err, errTransient, segmentName(1, 1, mib))
+	if n := proxy.hits(stalled); n != 1 {
+		t.Errorf("%d requests: the first one was waited for", n)
+	}
+}
+
 // restoreClient asks a WAL service as the instance manager does.
 type restoreClient struct {
 	t           testing.TB
