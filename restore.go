@@ -473,6 +473,9 @@ type restoreOptions struct {
 	WALDir      string            // where pg_wal is to be a link to; "" for a directory in PGDATA
 	Tablespaces map[string]string // new locations by name, before restoreAdditionalCommandArgs and backup.info
 	Jobs        int               // archives in flight at once; 0 means data.jobs
+	// SetAside renames tablespace directories that are not empty. The operator does so with
+	// PGDATA when it runs a recovery again, in volumes that are the new cluster's own.
+	SetAside bool
 	// Settings, if there is one, writes the recovery settings into Dir before pg_control makes
 	// it a database: interrupted in between, it would be one that knows of no target.
 	Settings func() error
@@ -581,9 +584,9 @@ type targetDir struct {
 }
 
 // plan decides which directory each part of the backup goes to, and checks them without
-// changing anything.
+// changing anything in them.
 func (r *restorer) plan(o restoreOptions) error {
-	target := func(dir string) (*targetDir, error) {
+	target := func(dir string, setAside bool) (*targetDir, error) {
 		dir, err := filepath.Abs(dir)
 		if err != nil {
 			return nil, err
@@ -601,15 +604,21 @@ func (r *restorer) plan(o restoreOptions) error {
 			}
 			t.listed = slices.Contains(strings.Split(string(note), "\n"), dir)
 		}
-		_, err = t.check()
+		if _, err = t.check(); setAside && errors.Is(err, errNotEmpty) {
+			aside := dir + time.Now().UTC().Format("_20060102T150405Z")
+			slog.Warn("A tablespace directory is not empty; what an earlier recovery left in it is set aside, and can be removed", "directory", dir, "to", aside)
+			if err = os.Rename(dir, aside); err == nil {
+				_, err = t.check()
+			}
+		}
 		return t, err
 	}
 	var err error
-	if r.data, err = target(o.Dir); err != nil {
+	if r.data, err = target(o.Dir, false); err != nil {
 		return err
 	}
 	if o.WALDir != "" {
-		if r.wal, err = target(o.WALDir); err != nil {
+		if r.wal, err = target(o.WALDir, false); err != nil {
 			return err
 		}
 	}
@@ -625,7 +634,7 @@ func (r *restorer) plan(o restoreOptions) error {
 			location = filepath.Join(r.data.path, location)
 		}
 		location = cmp.Or(o.Tablespaces[t.Name], r.store.dataRestore.Tablespaces[t.Name], location)
-		if r.tablespaces[t.OID], err = target(location); err != nil {
+		if r.tablespaces[t.OID], err = target(location, o.SetAside); err != nil {
 			return fmt.Errorf("tablespace %q: %w", t.Name, err)
 		}
 		r.inside = append(r.inside, fmt.Sprintf("pg_tblspc/%d", t.OID))
@@ -1620,7 +1629,7 @@ func (r *restoreJobService) restore(ctx context.Context, cluster *Cluster, check
 	if err != nil {
 		return err
 	}
-	o := restoreOptions{Dir: r.pgdata}
+	o := restoreOptions{Dir: r.pgdata, SetAside: true}
 	if cluster.Spec.WALStorage != nil {
 		o.WALDir = cmp.Or(r.walDir, walVolume)
 	}

@@ -1022,6 +1022,38 @@ func TestRestoreInterrupted(t *testing.T) {
 	}
 }
 
+// A recovery Job that runs again finds PGDATA moved away by the operator, and the tablespaces full.
+func TestRestoreAgain(t *testing.T) {
+	s, bucket := testS3(t), newBucket(t)
+	store := testStore(t, s, bucket, "main")
+	base := testDir(t)
+	pgdata, side := filepath.Join(base, "pgdata"), filepath.Join(base, "side", "data")
+	b := testBackup(t, s, bucket, store, map[string][]byte{
+		"data.tar":  makeTar(t, plain()...),
+		"16384.tar": makeTar(t, tarFile("PG_15_1/5/1", "in side")),
+	}, func(b *BackupInfo) { b.Tablespaces = []Tablespace{{"side", 16384, side}} })
+	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata, SetAside: true}); err != nil {
+		t.Fatal(err)
+	}
+	mustWrite(t, side+"/PG_15_1/5/1", "replayed")
+	if err := os.Rename(pgdata, pgdata+"_1"); err != nil {
+		t.Fatal(err)
+	}
+	// Others may use the directory; only the operator's recovery has volumes of its own.
+	mustSay(t, restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata}), errNotEmpty, side)
+	if err := restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata, SetAside: true}); err != nil {
+		t.Fatal(err)
+	}
+	expectTree(t, side, map[string]string{"PG_15_1/5/1": "file 600 in side"})
+	if aside, err := filepath.Glob(side + "_*"); err != nil || len(aside) != 1 {
+		t.Errorf("set aside: %q, %v", aside, err)
+	} else {
+		expectTree(t, aside[0], map[string]string{"PG_15_1/5/1": "file 600 replayed"})
+	}
+	mustSay(t, restoreBackup(t.Context(), store, b, restoreOptions{Dir: pgdata, SetAside: true}), errNotEmpty, pgdata)
+	expectTree(t, side, map[string]string{"PG_15_1/5/1": "file 600 in side"})
+}
+
 // ---------------------------------------------------------------------------
 // Recovery settings
 // ---------------------------------------------------------------------------

@@ -1454,6 +1454,7 @@ type walService struct {
 	report   *report
 	// continued holds the places (Store.place) whose archive is known to be of this database system.
 	continued sync.Map
+	holes     sync.Map // the missing segments behind which was looked
 }
 
 // newWALService makes the service; its background work ends with life. spool is a
@@ -1609,9 +1610,34 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 			w.prefetch.follow(s, name, size, systemID)
 		case errors.Is(err, errNotFound):
 			w.prefetch.notFound(s, name.Name, false)
+			if _, told := w.holes.Load(name); patience == forever && name.Kind == walSegment && !told {
+				w.lookBehind(ctx, s, name)
+			}
 		}
 		return err
 	})
+}
+
+// lookBehind tells of segments that come after a missing one: PostgreSQL takes that for the
+// end of the archive, and a new cluster opens with less than the archive has.
+func (w *walService) lookBehind(ctx context.Context, s *Store, name walName) {
+	w.holes.Store(name, true)
+	for o, err := range s.List(ctx, path.Dir(s.walPrefix(name.Name))+"/") {
+		if err != nil {
+			slog.Warn("Cannot see whether the archive goes on behind a missing WAL segment", "walName", name.Name, "error", err)
+			return
+		}
+		later := newWALObject(o)
+		if l, err := parseWALName(later.Name); err != nil || l.Kind != walSegment || later.Name < name.Name {
+			continue
+		}
+		text := fmt.Sprintf("recovery ends before WAL segment %s, which is not in the archive, although %s is: what was written from there on is missing", name.Name, s.URL(o.Key))
+		slog.Warn("There is a gap in the WAL archive: " + text)
+		if err := w.source.Tell(ctx, "Warning", "WALGap", text); err != nil {
+			slog.Warn("Could not write an Event", "reason", "WALGap", "error", err)
+		}
+		return
+	}
 }
 
 // restoreStore chooses the store that an instance reads WAL from: the store that a

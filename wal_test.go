@@ -1523,6 +1523,27 @@ func TestArchiveDrainParallel(t *testing.T) {
 	}
 }
 
+// A missing segment ends a new cluster's recovery; that there are later ones is said, once.
+func TestRestoreTellsOfGap(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket)
+	store := testStoreFile(t, file, "main")
+	for _, n := range []uint64{1, 2, 4} {
+		name := segmentName(1, n, mib)
+		server.write(t, bucket, store.walPrefix(name), segment(name, mib, 7, n))
+	}
+	log := captureLog(t)
+	c := newRestoreClient(t, file, strings.Replace(mainCluster, `"currentPrimary":"main-1"`, `"currentPrimary":""`, 1))
+	for _, n := range []uint64{5, 3, 3} {
+		if code := c.ask(segmentName(1, n, mib), wal.WALRestoreRequest_MODE_RECOVERY); code != codes.NotFound {
+			t.Errorf("segment %d: %s", n, code)
+		}
+	}
+	if n := log.count("There is a gap"); n != 1 || !log.has("before WAL segment "+segmentName(1, 3, mib)) || !log.has(store.URL(store.walPrefix(segmentName(1, 4, mib)))) {
+		t.Errorf("told %d times", n)
+	}
+}
+
 // A store that takes requests and does not answer holds up who can do without for no longer than its patience.
 func TestRestoreHangingStore(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
