@@ -755,9 +755,10 @@ func (r *restorer) extractAll(ctx context.Context, archives []dataArchive, jobs 
 }
 
 // extract fetches one archive and unpacks it as it comes.
-func (r *restorer) extract(ctx context.Context, a dataArchive) error {
+func (r *restorer) extract(ctx context.Context, a dataArchive) (err error) {
+	defer decoderPanics(&err)
 	var body *objectReader
-	err := persist(ctx, storePatience, func() (err error) {
+	err = persist(ctx, storePatience, func() (err error) {
 		body, err = r.store.Get(ctx, a.Key)
 		return err
 	})

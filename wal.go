@@ -20,6 +20,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -1048,11 +1049,12 @@ type answerBy struct{}
 // a store that hangs would hold it up for minutes with each of them.
 func patiently(ctx context.Context, file string, patience time.Duration, fetch func(context.Context) error) error {
 	begin := time.Now()
-	if patience != forever {
-		ctx = context.WithValue(ctx, answerBy{}, begin.Add(patience))
-	}
 	for attempt := 1; ; attempt++ {
-		err := fetch(ctx)
+		limited := ctx
+		if patience != forever {
+			limited = context.WithValue(ctx, answerBy{}, time.Now().Add(max(patience-time.Since(begin), dialTimeout)))
+		}
+		err := fetch(limited)
 		if err == nil {
 			return nil
 		}
@@ -1164,6 +1166,7 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 	}
 	defer r.Close()
 	defer func() { err = s.judged(o.Key, err) }()
+	defer decoderPanics(&err)
 	z, err := o.codec.newReader(r)
 	if err != nil {
 		return nil, 0, err
@@ -1181,6 +1184,14 @@ func readWAL(ctx context.Context, s *Store, o walObject, w io.Writer) (header []
 		return nil, 0, fmt.Errorf("its content does not have the CRC-32C %s that it was stored with", want)
 	}
 	return begin, size, nil
+}
+
+// decoderPanics, deferred, makes an error of a panic: a decoder that stumbles over a damaged
+// object is to end neither the process nor, for want of an answer, a recovery.
+func decoderPanics(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("%w: its decoder panicked: %v, at %s", errDamaged, p, debug.Stack())
+	}
 }
 
 // beginning keeps what is written to it first: the header of a segment.

@@ -1523,6 +1523,25 @@ func TestArchiveDrainParallel(t *testing.T) {
 	}
 }
 
+// A decoder that panics has met a damaged object, and the process goes on.
+func TestRestoreDecoderPanics(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	s := testStore(t, server, bucket, "main")
+	name := segmentName(1, 1, mib)
+	server.write(t, bucket, s.walPrefix(name), []byte("x"))
+	objects, err := walObjects(t.Context(), s, name, false)
+	if err != nil || len(objects) != 1 {
+		t.Fatal(objects, err)
+	}
+	broken := &codec{newReader: func(io.Reader) (io.Reader, error) { panic("out of range") }}
+	objects[0].codec = broken
+	_, _, err = readWAL(t.Context(), s, objects[0], io.Discard)
+	mustSay(t, err, errDamaged, name, "out of range")
+	r := &restorer{store: s, read: &progress{}}
+	archive := dataArchive{object: objects[0].object, codec: broken}
+	mustSay(t, r.extract(t.Context(), archive), errDamaged, "out of range")
+}
+
 // A missing segment ends a new cluster's recovery; that there are later ones is said, once.
 func TestRestoreTellsOfGap(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
