@@ -645,11 +645,15 @@ func (k *kubeSource) backups(ctx context.Context, cluster *Cluster) (found []*ba
 // dropBackups deletes the Backup objects whose backup has left the catalog, but only those
 // that are known to have been taken to this very place: a Cluster may have been switched
 // to another store, and the backups in the old one are still there. The original plugin
-// does not note the place, so its Backups get it noted while their backup is seen here.
+// does not note the place, so its Backups get it noted while their backup is seen here. One
+// without backup.info has left, too: whoever deleted it was killed in the middle, and what is
+// left goes when it counts as abandoned.
 func (k *kubeSource) dropBackups(ctx context.Context, cluster *Cluster, s *Store, catalog *Catalog, backups []*backupObject) error {
 	there := map[string]string{} // backup id to begin WAL
 	for _, b := range catalog.all() {
-		there[b.ID] = b.BeginWAL
+		if !slices.Contains(catalog.Incomplete, b.ID) || catalog.objects[b.ID].info {
+			there[b.ID] = b.BeginWAL
+		}
 	}
 	client := k.client.Resource(k.group.WithResource("backups")).Namespace(k.namespace)
 	var errs []error
