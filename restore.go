@@ -755,10 +755,9 @@ func (r *restorer) extractAll(ctx context.Context, archives []dataArchive, jobs 
 }
 
 // extract fetches one archive and unpacks it as it comes.
-func (r *restorer) extract(ctx context.Context, a dataArchive) (err error) {
-	defer decoderPanics(&err)
+func (r *restorer) extract(ctx context.Context, a dataArchive) error {
 	var body *objectReader
-	err = persist(ctx, storePatience, func() (err error) {
+	err := persist(ctx, storePatience, func() (err error) {
 		body, err = r.store.Get(ctx, a.Key)
 		return err
 	})
@@ -770,7 +769,11 @@ func (r *restorer) extract(ctx context.Context, a dataArchive) (err error) {
 	if body.Size != a.Size {
 		return fmt.Errorf("%s: it has %d bytes, and had %d in the listing: somebody is writing to this backup", r.store.URL(a.Key), body.Size, a.Size)
 	}
-	return r.store.judged(a.Key, r.unpack(a, io.TeeReader(body, r.read)))
+	unpack := func() (err error) {
+		defer decoderPanics(&err)
+		return r.unpack(a, io.TeeReader(body, r.read))
+	}
+	return r.store.judged(a.Key, unpack())
 }
 
 // unpack reads an archive from its first to its last byte: codec, tar, files.

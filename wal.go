@@ -1621,7 +1621,7 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 			w.prefetch.follow(s, name, size, systemID)
 		case errors.Is(err, errNotFound):
 			w.prefetch.notFound(s, name.Name, false)
-			if _, told := w.holes.Load(name); patience == forever && name.Kind == walSegment && !told {
+			if patience == forever && name.Kind == walSegment {
 				w.lookBehind(ctx, s, name)
 			}
 		}
@@ -1630,11 +1630,15 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 }
 
 // lookBehind tells of segments that come after a missing one: PostgreSQL takes that for the
-// end of the archive, and a new cluster opens with less than the archive has.
+// end of the archive, and a new cluster opens with less than the archive has. It looks once
+// behind each segment, unless it cannot.
 func (w *walService) lookBehind(ctx context.Context, s *Store, name walName) {
-	w.holes.Store(name, true)
+	if _, looked := w.holes.LoadOrStore(name, true); looked {
+		return
+	}
 	for o, err := range s.List(ctx, path.Dir(s.walPrefix(name.Name))+"/") {
 		if err != nil {
+			w.holes.Delete(name)
 			slog.Warn("Cannot see whether the archive goes on behind a missing WAL segment", "walName", name.Name, "error", err)
 			return
 		}

@@ -1539,7 +1539,7 @@ func TestRestoreDecoderPanics(t *testing.T) {
 	mustSay(t, err, errDamaged, name, "out of range")
 	r := &restorer{store: s, read: &progress{}}
 	archive := dataArchive{object: objects[0].object, codec: broken}
-	mustSay(t, r.extract(t.Context(), archive), errDamaged, "out of range")
+	mustSay(t, r.extract(t.Context(), archive), errDamaged, s.URL(archive.Key), "out of range")
 }
 
 // A missing segment ends a new cluster's recovery; that there are later ones is said, once.
