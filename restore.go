@@ -1344,7 +1344,9 @@ func verifyStore(ctx context.Context, s *Store, id string) (*verification, error
 			continue
 		}
 		verified := &verifiedBackup{ID: b.ID, Status: b.Status, BadPages: b.BadPageCount, info: b}
-		v.problem(&verified.Problems, catalog.Unreadable[b.ID])
+		if err := catalog.Unreadable[b.ID]; err != nil { // also if the server refuses it: a restore could not use it
+			verified.Problems, v.OK = append(verified.Problems, err.Error()), false
+		}
 		v.Backups = append(v.Backups, verified)
 		if b.Done() {
 			done = append(done, verified)

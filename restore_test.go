@@ -954,9 +954,36 @@ func TestCatalogDenied(t *testing.T) {
 	if err := checkSystem(t.Context(), store, 7); err != nil {
 		t.Error(err)
 	}
+	if v, err := verifyStore(t.Context(), store, newest.ID); err != nil || v.OK || len(v.Backups[0].Problems) != 1 || !strings.Contains(v.Backups[0].Problems[0], "InvalidObjectState") {
+		t.Errorf("verify: %+v, %v", v, err)
+	}
 	proxy.add(fault{Method: "GET", Path: regexp.MustCompile(`/backup\.info`), Do: answerError, HTTP: 403, Code: "AccessDenied"})
 	mustSay(t, second(store.Catalog(t.Context())), errDenied, "/backup.info")
 	mustSay(t, checkSystem(t.Context(), store, 7), errDenied, "/backup.info")
+}
+
+// A disk that takes what is written and cannot keep it: what stands under its file system is full.
+func TestRestoreFailingDisk(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	file := storeFile(t, server, bucket)
+	large := tarFile("base/1/2", strings.Repeat("x", 100<<20)) // some of it is synced while it is being written
+	testBackup(t, server, bucket, testStoreFile(t, file, "main"), map[string][]byte{"data.tar": makeTar(t, plain(tarDir("base"), tarDir("base/1"), large)...)})
+	restore := func(space string) result {
+		return run(t, exec.Command("unshare", "--mount", "sh", "-c", `
+			mount -t tmpfs -o size="$0" none "$1" && truncate -s 300M "$1/disk" && mkfs.ext4 -q -F "$1/disk" && mkdir "$1/m" && mount -o loop "$1/disk" "$1/m" || exit 77
+			"$2" restore --objectstore "$3" --server-name main "$1/m/pgdata"; code=$?
+			if [ -e "$1/m/pgdata/global/pg_control" ]; then echo "pg_control is there"; fi
+			umount "$1/m"; exit $code`, space, testDir(t), program(t), file))
+	}
+	if r := restore("200m"); r.Code == 77 || r.Code != 0 && strings.Contains(r.Stderr, "unshare") {
+		t.Skipf("cannot mount a file system here: %s", r.Stderr)
+	} else if r.Code != 0 || !strings.Contains(r.Stdout, "pg_control is there") {
+		t.Fatalf("a disk that is large enough: %+v", r)
+	}
+	r := restore("40m")
+	if r.Code != exitFailed || strings.Contains(r.Stdout, "pg_control") || !strings.Contains(r.Stderr, "sync") || !strings.Contains(r.Stderr, "base/1/2") {
+		t.Errorf("a disk that cannot keep it: %+v", r)
+	}
 }
 
 // A restore that is interrupted leaves nothing that looks like a database, and can be run again.
