@@ -427,8 +427,8 @@ func (b *baseBackup) checkArchives(ctx context.Context) error {
 		switch size, ok := sizes[a.key]; {
 		case !ok:
 			return fmt.Errorf("%s is not in the bucket although its upload was acknowledged", b.store.URL(a.key))
-		case size != a.size.Load():
-			return fmt.Errorf("%s has %d bytes in the bucket, but %d were sent", b.store.URL(a.key), size, a.size.Load())
+		case size != a.object.size.Load():
+			return fmt.Errorf("%s has %d bytes in the bucket, but %d were sent", b.store.URL(a.key), size, a.object.size.Load())
 		default:
 			b.info.storedBytes += size
 		}
@@ -676,11 +676,11 @@ func (b *baseBackup) timelineHistory(ctx context.Context, timeline uint32) ([]ti
 // archive is where the server's WAL is.
 func (b *baseBackup) archive() *Store { return cmp.Or(b.o.Archive, b.store) }
 
-// checkOwner reads the first and the last of the files as a restore would: another cluster's
+// checkOwner reads the first and the last segment as a restore would: another cluster's
 // have the same names, and where those are in the way, our own are not archived.
 func (b *baseBackup) checkOwner(ctx context.Context) error {
 	systemID, err := strconv.ParseUint(b.info.SystemID, 10, 64)
-	for _, name := range []string{b.required[0], b.required[len(b.required)-1]} {
+	for _, name := range slices.Compact([]string{b.info.BeginWAL, b.info.EndWAL}) {
 		w, _ := parseWALName(name) // made here
 		objects, listErr := walObjects(ctx, b.archive(), name, false)
 		err = cmp.Or(err, listErr)
@@ -1598,13 +1598,12 @@ func (s *spool) open() (io.Reader, error) {
 // ---------------------------------------------------------------------------
 
 // archive is one tar on its way to the bucket: tar, then codec, then upload. Not safe
-// for concurrent use; only its size may be read at any time.
+// for concurrent use; only object.size, its bytes as stored, may be read at any time.
 type archive struct {
 	key    string
 	tree   string
-	number int          // within its tree, from 0
-	limit  int64        // bytes after which the next file goes into another one
-	size   atomic.Int64 // bytes, as stored
+	number int   // within its tree, from 0
+	limit  int64 // bytes after which the next file goes into another one
 	tar    *tar.Writer
 	codec  io.WriteCloser
 	object *objectWriter
@@ -1629,22 +1628,13 @@ func (b *baseBackup) openArchive(ctx context.Context, tree string, first int64) 
 	a.limit = min(cmp.Or(args.MaxArchiveSize, maxArchiveSize), maxArchiveParts*part)
 	a.object = b.store.NewWriter(ctx, a.key, putOptions{Data: true, PartSize: int(part), Parts: archiveParts, Limiter: b.limiter, Patience: b.o.StorePatience})
 	var err error
-	if a.codec, err = b.codec.compress(archiveCounter{a}, args.CompressionLevel); err != nil {
+	if a.codec, err = b.codec.compress(a.object, args.CompressionLevel); err != nil {
 		a.object.Abort()
 		return nil, fmt.Errorf("data.additionalCommandArgs: %w", err)
 	}
 	a.tar = tar.NewWriter(a.codec)
 	b.archives = append(b.archives, a)
 	return a, nil
-}
-
-// archiveCounter counts the bytes that leave the codec.
-type archiveCounter struct{ *archive }
-
-func (c archiveCounter) Write(p []byte) (int, error) {
-	n, err := c.object.Write(p)
-	c.size.Add(int64(n))
-	return n, err
 }
 
 // fullName is the name, seen from the data directory, of an entry of the archive.
@@ -1657,7 +1647,7 @@ func (a *archive) fullName(name string) string {
 
 // hasRoom says whether a file of this size may still be added.
 func (a *archive) hasRoom(size int64) bool {
-	stored := a.size.Load()
+	stored := a.object.size.Load()
 	// No codec makes much more of a file than it is: half of the spare parts are left for that.
 	return stored < a.limit && stored+size <= (maxArchiveParts+(maxParts-maxArchiveParts)/2)*int64(a.object.o.PartSize)
 }

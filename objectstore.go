@@ -447,6 +447,9 @@ func ResolveStore(o *ObjectStore, serverName string, secret func(corev1.SecretKe
 			}
 			// A trailing newline from `echo key | base64` is never part of a key.
 			*field.value = strings.TrimSpace(string(b))
+			if *field.value == "" && (field.selector == cred.AccessKeyID || field.selector == cred.SecretAccessKey) {
+				return fail("key %s of Secret %s is empty", field.selector.Key, field.selector.Name) // else the SDK would look for other credentials
+			}
 		}
 	}
 	if conf.EndpointCA != nil {
@@ -706,12 +709,20 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 			if err != nil {
 				return nil, err
 			}
+			if err := unacknowledged(conn, writeStall); err != nil {
+				slog.Debug("No TCP_USER_TIMEOUT", "error", err)
+			}
 			return &stallConn{Conn: conn, in: bufio.NewReaderSize(conn, connBuffer), read: stall, write: writeStall}, nil
+		}
+		if len(s.Config.CA) > 0 {
+			t.TLSClientConfig.RootCAs, _ = x509.SystemCertPool() // embeddedRoots has seen to it that there is one
+			t.TLSClientConfig.RootCAs.AppendCertsFromPEM(s.Config.CA)
 		}
 		t.TLSClientConfig.VerifyConnection = func(c tls.ConnectionState) error { // once it has been verified
 			s.certificateEnd.Store(c.PeerCertificates[0].NotAfter.Unix())
 			return nil
 		}
+		t.DisableCompression = true // net/http would ask for it, and unpack what is compressed
 		t.ForceAttemptHTTP2 = false // parallel parts want connections of their own
 		t.MaxIdleConnsPerHost = 64
 		t.WriteBufferSize, t.ReadBufferSize = connBuffer, connBuffer
@@ -729,17 +740,6 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		return nil, fmt.Errorf("load the S3 configuration from the environment: %w", err)
 	}
 	cfg.Region = cmp.Or(cfg.Region, "us-east-1")
-	if len(s.Config.CA) > 0 {
-		pool, err := x509.SystemCertPool()
-		if err != nil {
-			pool = x509.NewCertPool()
-		}
-		pool.AppendCertsFromPEM(s.Config.CA)
-		// The SDK may have put another client there, with the roots of AWS_CA_BUNDLE.
-		if b, ok := cfg.HTTPClient.(*awshttp.BuildableClient); ok {
-			cfg.HTTPClient = b.WithTransportOptions(func(t *http.Transport) { t.TLSClientConfig.RootCAs = pool })
-		}
-	}
 	return s3.NewFromConfig(cfg, func(o *s3.Options) {
 		o.Retryer = loggedRetryer{retry.NewStandard(func(r *retry.StandardOptions) {
 			r.MaxAttempts, r.MaxBackoff = cmp.Or(cfg.RetryMaxAttempts, maxAttempts), maxBackoff
@@ -752,7 +752,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		o.ContinueHeaderThresholdBytes = -1
 		if conf.EndpointURL != "" {
 			o.BaseEndpoint = aws.String(conf.EndpointURL)
-			o.APIOptions = append(o.APIOptions, unsignedAcceptEncoding)
+			o.APIOptions = append(o.APIOptions, withoutAcceptEncoding)
 		}
 		if conf.EndpointURL != "" && !ofAWS(conf.EndpointURL) {
 			// Many S3-compatible servers refuse the checksums that the SDK adds by default.
@@ -773,24 +773,11 @@ func ofAWS(endpoint string) bool {
 	return err == nil && (strings.HasSuffix(u.Hostname(), ".amazonaws.com") || strings.HasSuffix(u.Hostname(), ".amazonaws.com.cn"))
 }
 
-// unsignedAcceptEncoding keeps a header out of the signature that Google's and Cloudflare's
-// front ends change, whereupon the store behind them would refuse the request.
-func unsignedAcceptEncoding(stack *middleware.Stack) error {
-	const header = "Accept-Encoding"
-	var value string // the stack is that of one request
-	around := func(name string, change func(http.Header)) middleware.FinalizeMiddleware {
-		return middleware.FinalizeMiddlewareFunc(name, func(ctx context.Context, in middleware.FinalizeInput, next middleware.FinalizeHandler) (middleware.FinalizeOutput, middleware.Metadata, error) {
-			if r, ok := in.Request.(*smithyhttp.Request); ok {
-				change(r.Header)
-			}
-			return next.HandleFinalize(ctx, in)
-		})
-	}
-	if err := stack.Finalize.Insert(around("TakeAcceptEncoding", func(h http.Header) { value = h.Get(header); h.Del(header) }), "Signing", middleware.Before); err != nil {
-		return err
-	}
-	// net/http would ask for gzip without it, and unpack what is compressed.
-	return stack.Finalize.Insert(around("PutAcceptEncoding", func(h http.Header) { h.Set(header, cmp.Or(value, "identity")) }), "Signing", middleware.After)
+// withoutAcceptEncoding takes out what adds that header to a request, and to its signature: Google's
+// and Cloudflare's front ends change it, whereupon the store behind them would refuse the request.
+func withoutAcceptEncoding(stack *middleware.Stack) error {
+	_, err := stack.Finalize.Remove("DisableAcceptEncodingGzip")
+	return err
 }
 
 // loggedRetryer says why a request is sent again: five attempts at a server that hangs take long.
@@ -816,6 +803,24 @@ var embeddedRoots = sync.OnceFunc(func() {
 	}
 	x509.SetFallbackRoots(pool)
 })
+
+// unacknowledged breaks a connection whose peer's kernel has acknowledged nothing for that long
+// (TCP_USER_TIMEOUT, tcp(7)): a network that is gone is known by that, while a server that works may stay silent.
+func unacknowledged(conn net.Conn, limit time.Duration) error {
+	tcp, ok := conn.(*net.TCPConn)
+	if !ok {
+		return nil
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(limit.Milliseconds()))
+	})
+	return cmp.Or(err, failed)
+}
 
 // stallConn breaks a connection on which a read or a write makes no progress. It reads ahead,
 // since TLS would ask the kernel for one record of 16 KiB after the other.
@@ -1302,7 +1307,7 @@ func (r *objectReader) Read(p []byte) (n int, err error) {
 
 // retry waits before the next attempt, or returns the error that ends the reading.
 func (r *objectReader) retry(err error) error {
-	r.close()
+	r.Close()
 	if r.failures++; r.failures == 1 {
 		r.broke = time.Now()
 	}
@@ -1320,17 +1325,16 @@ func (r *objectReader) retry(err error) error {
 	return sleep(r.ctx, backoff(r.failures))
 }
 
-func (r *objectReader) close() {
+// Close ends the request, if there is one. It never fails.
+func (r *objectReader) Close() error {
 	if r.body != nil {
 		r.watchdog.Stop()
 		r.body.Close()
 		r.cancel()
 		r.body = nil
 	}
+	return nil
 }
-
-// Close ends the request. It never fails.
-func (r *objectReader) Close() error { r.close(); return nil }
 
 // backoff is the wait before the n-th retry (n from 1): 0.2 s, 0.4 s, ... at most maxBackoff.
 func backoff(n int) time.Duration {
@@ -1522,7 +1526,7 @@ func (s *Store) NewWriter(ctx context.Context, key string, o putOptions) *object
 	o.PartSize = max(o.PartSize, minPartSize)
 	o.Parts = max(o.Parts, 1)
 	ctx, cancel := context.WithCancelCause(ctx)
-	return &objectWriter{ctx: ctx, cancel: cancel, store: s, key: key, o: o, slots: make(chan struct{}, o.Parts), part: &partBuffer{budget: o.Memory}}
+	return &objectWriter{ctx: ctx, cancel: cancel, store: s, key: key, o: o, slots: semaphore.NewWeighted(int64(o.Parts)), part: &partBuffer{budget: o.Memory}}
 }
 
 // objectWriter sends an object part by part while it is being written, or in one
@@ -1533,11 +1537,11 @@ type objectWriter struct {
 	store  *Store
 	key    string
 	o      putOptions
-	size   int64
+	size   atomic.Int64 // bytes written
 
 	part     *partBuffer
 	uploadID *string
-	slots    chan struct{} // one token per part in memory
+	slots    *semaphore.Weighted // one for each part in memory
 	workers  sync.WaitGroup
 	mu       sync.Mutex
 	parts    []s3types.CompletedPart
@@ -1551,8 +1555,8 @@ func (w *objectWriter) Write(p []byte) (int, error) {
 		if err == nil && w.part.size == w.o.PartSize {
 			err = w.flush()
 		}
-		if err == nil && w.part.size == 0 {
-			err = w.awaitSlot()
+		if err == nil && w.part.size == 0 && w.slots.Acquire(w.ctx, 1) != nil {
+			err = context.Cause(w.ctx)
 		}
 		n := min(len(p)-done, w.o.PartSize-w.part.size)
 		if err == nil {
@@ -1563,19 +1567,9 @@ func (w *objectWriter) Write(p []byte) (int, error) {
 			return done, err
 		}
 		done += n
-		w.size += int64(n)
+		w.size.Add(int64(n))
 	}
 	return len(p), nil
-}
-
-// awaitSlot waits until another part may be in memory.
-func (w *objectWriter) awaitSlot() error {
-	select {
-	case w.slots <- struct{}{}:
-		return nil
-	case <-w.ctx.Done():
-		return context.Cause(w.ctx)
-	}
 }
 
 // flush hands the current part to a worker.
@@ -1618,7 +1612,7 @@ func (w *objectWriter) flush() error {
 	part := w.part
 	w.part = &partBuffer{budget: w.o.Memory}
 	w.workers.Go(func() {
-		defer func() { <-w.slots }()
+		defer w.slots.Release(1)
 		defer part.free()
 		if err := w.throttle(part.size); err != nil {
 			w.cancel(err)
@@ -1701,7 +1695,7 @@ func (w *objectWriter) Close() (err error) {
 			switch h, headErr := w.store.Head(w.ctx, w.key); {
 			case errors.Is(headErr, errTransient):
 				return headErr
-			case headErr == nil && h.Size == w.size && h.Metadata[contentSum] == w.o.Metadata[contentSum]:
+			case headErr == nil && h.Size == w.size.Load() && h.Metadata[contentSum] == w.o.Metadata[contentSum]:
 				return nil
 			}
 		}

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"maps"
 	"net"
@@ -111,6 +112,7 @@ func runSidecar(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	defer func() { end(); walFiles.wait() }()
 	walFiles.report.killed = killed
 	if err := serveSidecar(ctx, listener, walFiles); err != nil {
 		return err
@@ -118,8 +120,6 @@ func runSidecar(ctx context.Context, args []string) error {
 	drain, cancel := context.WithTimeout(life, drainGrace)
 	defer cancel()
 	walFiles.archiver.drain(drain)
-	end()
-	walFiles.wait()
 	slog.Info("Stopped")
 	return nil
 }
@@ -1151,20 +1151,16 @@ func (s *Store) enforceRetention(ctx context.Context, o retentionOptions) (*rete
 		}
 	}
 
-	d := &remover{store: s, report: r}
-	for _, id := range debris {
-		for object, err := range s.List(ctx, s.baseKey(id, "")) {
-			if err != nil {
-				return r, err
-			}
-			if ours, _ := s.layoutKey(object.Key); ours == id {
-				if err := d.add(ctx, object); err != nil {
-					return r, err
+	err = s.remove(ctx, r, func(yield func(object, error) bool) {
+		for _, id := range debris {
+			for object, err := range s.List(ctx, s.baseKey(id, "")) {
+				if ours, _ := s.layoutKey(object.Key); (err != nil || ours == id) && !yield(object, err) {
+					return
 				}
 			}
 		}
-	}
-	if err := d.flush(ctx); err != nil {
+	})
+	if err != nil {
 		return r, err
 	}
 	for _, timeline := range plan.timelines {
@@ -1255,25 +1251,25 @@ func (s *Store) deleteWAL(ctx context.Context, r *retentionReport, plan *retenti
 	if gone.FirstNeeded == "" {
 		return nil
 	}
-	d := &remover{store: s, report: r}
 	objects, bytes := r.Objects, r.Bytes
-	for object, err := range s.List(ctx, s.key("wals", fmt.Sprintf("%08X", timeline))) {
-		if err != nil {
-			return err
+	err := s.remove(ctx, r, func(yield func(object, error) bool) {
+		for object, err := range s.List(ctx, s.key("wals", fmt.Sprintf("%08X", timeline))) {
+			_, segment := s.layoutKey(object.Key)
+			switch {
+			case err != nil: // remove ends with it
+			case segment >= gone.FirstNeeded:
+				return
+			case segment == "" || plan.retained(segment):
+				continue
+			default:
+				gone.First, gone.Last = cmp.Or(gone.First, segment), segment
+			}
+			if !yield(object, err) {
+				return
+			}
 		}
-		_, segment := s.layoutKey(object.Key)
-		if segment >= gone.FirstNeeded {
-			break
-		}
-		if segment == "" || plan.retained(segment) {
-			continue
-		}
-		gone.First, gone.Last = cmp.Or(gone.First, segment), segment
-		if err := d.add(ctx, object); err != nil {
-			return err
-		}
-	}
-	if err := d.flush(ctx); err != nil || gone.First == "" {
+	})
+	if err != nil || gone.First == "" {
 		return err
 	}
 	gone.Objects, gone.Bytes = r.Objects-objects, r.Bytes-bytes
@@ -1284,43 +1280,44 @@ func (s *Store) deleteWAL(ctx context.Context, r *retentionReport, plan *retenti
 	return nil
 }
 
-// remover deletes objects in batches, and never holds more than one.
-type remover struct {
-	store  *Store
-	report *retentionReport
-	batch  []object
-}
-
-func (d *remover) add(ctx context.Context, o object) error {
-	if d.batch = append(d.batch, o); len(d.batch) < deleteBatch {
+// remove deletes what is listed, in batches of which it never holds more than one, and counts it in the report.
+func (s *Store) remove(ctx context.Context, r *retentionReport, listed iter.Seq2[object, error]) error {
+	var batch []object
+	flush := func() error {
+		var refused map[string]error
+		if !r.DryRun {
+			keys := make([]string, len(batch))
+			for i, o := range batch {
+				keys[i] = o.Key
+			}
+			var err error
+			if refused, err = s.DeleteAll(ctx, keys); err != nil {
+				return err
+			}
+		}
+		for _, o := range batch {
+			if err := refused[o.Key]; err != nil {
+				r.problem(err)
+				r.Refused++
+				continue
+			}
+			r.Objects++
+			r.Bytes += o.Size
+		}
+		batch = batch[:0]
 		return nil
 	}
-	return d.flush(ctx)
-}
-
-func (d *remover) flush(ctx context.Context) error {
-	var refused map[string]error
-	if !d.report.DryRun {
-		keys := make([]string, len(d.batch))
-		for i, o := range d.batch {
-			keys[i] = o.Key
-		}
-		var err error
-		if refused, err = d.store.DeleteAll(ctx, keys); err != nil {
+	for o, err := range listed {
+		if err != nil {
 			return err
 		}
-	}
-	for _, o := range d.batch {
-		if err := refused[o.Key]; err != nil {
-			d.report.problem(err)
-			d.report.Refused++
-			continue
+		if batch = append(batch, o); len(batch) == deleteBatch {
+			if err := flush(); err != nil {
+				return err
+			}
 		}
-		d.report.Objects++
-		d.report.Bytes += o.Size
 	}
-	d.batch = d.batch[:0]
-	return nil
+	return flush()
 }
 
 // ---------------------------------------------------------------------------

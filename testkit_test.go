@@ -1231,6 +1231,6 @@ func TestKitFaultProxy(t *testing.T) {
 func (p *faultProxy) client(s *s3Server) *s3.Client {
 	options := s.client.Options()
 	options.BaseEndpoint, options.Retryer = &p.Endpoint, aws.NopRetryer{}
-	options.APIOptions = append(options.APIOptions, unsignedAcceptEncoding)
+	options.APIOptions = append(options.APIOptions, withoutAcceptEncoding)
 	return s3.New(options)
 }

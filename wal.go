@@ -25,11 +25,9 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/cloudnative-pg/cnpg-i/pkg/wal"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -312,13 +310,13 @@ var (
 // Where the server has no conditional PUT, two writers that archive the same name in
 // the same moment are not told apart; every server of today has it.
 func archiveWAL(ctx context.Context, s *Store, file string) error {
-	return archiveWALInTurn(ctx, s, file, func() {})
+	return archiveWALInTurn(ctx, s, file, "", func() {})
 }
 
 // archiveWALInTurn is archiveWAL that says when it compresses the file, so that others that
 // ask after that are behind it, and nothing in the archive is in its way. Of a history file
-// it says nothing: the segments of a timeline are no use without it.
-func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) (err error) {
+// it says nothing: the segments of a timeline are no use without it. owner goes into the metadata.
+func archiveWALInTurn(ctx context.Context, s *Store, file, owner string, begun func()) (err error) {
 	start := time.Now()
 	name, err := parseWALName(filepath.Base(file))
 	if err != nil {
@@ -373,6 +371,9 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 
 	key := s.walPrefix(name.Name) + codec.suffix
 	o := putOptions{IfAbsent: name.Kind != walPartial, History: name.Kind == walHistory, PartSize: walSinglePart, Memory: walBuffers, Metadata: map[string]string{}}
+	if owner != "" {
+		o.Metadata[walOwner] = owner
+	}
 	var sum string
 	// Parts are sent before the end of the file is seen, and S3 wants metadata first. A file
 	// that is sent as it is, in one request, is read twice rather than kept in memory.
@@ -396,9 +397,10 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	}
 	w := s.NewWriter(ctx, key, o)
 	defer w.Abort()
-	send, stored := w.Close, &w.size
+	send, stored := w.Close, w.size.Load
 	if asIs {
-		send, stored = func() error { return s.put(ctx, key, io.NewSectionReader(f, 0, size), o) }, &size
+		send = func() error { return s.put(ctx, key, io.NewSectionReader(f, 0, size), o) }
+		stored = func() int64 { return size }
 	} else {
 		read, err := compressFile(w, f, codec, s.walArchive.CompressionLevel)
 		if err != nil {
@@ -441,7 +443,7 @@ func archiveWALInTurn(ctx context.Context, s *Store, file string, begun func()) 
 	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
 		slog.Debug("posix_fadvise failed", "file", file, "error", err)
 	}
-	slog.Info("Archived WAL file", "walName", name.Name, "object", s.URL(key), "bytes", size, "stored", *stored,
+	slog.Info("Archived WAL file", "walName", name.Name, "object", s.URL(key), "bytes", size, "stored", stored(),
 		"seconds", time.Since(start).Seconds())
 	return nil
 }
@@ -742,8 +744,10 @@ type archiver struct {
 	mu      sync.Mutex
 	workers sync.WaitGroup
 	uploads map[aheadKey]*aheadUpload
-	last    *Store // of the last success, for drain
-	wals    string // its pg_wal
+	// Of the last success, for drain:
+	last  *Store
+	owner string // UID of the Cluster, "" outside Kubernetes
+	wals  string // pg_wal
 }
 
 // aheadKey names a file at its destination, so that another store never acknowledges
@@ -761,10 +765,10 @@ func newArchiver(life context.Context) *archiver {
 	return &archiver{life: life, uploads: map[aheadKey]*aheadUpload{}}
 }
 
-// archive stores the WAL file at path as archiveWAL does. With ahead, what waits behind
+// archive stores the WAL file at path as archiveWAL does, for the Cluster with the UID owner. With ahead, what waits behind
 // it is stored too. Not so the first file of a cluster: if storing that one failed, the
 // check of the archive would find its neighbours, and take them for another cluster's.
-func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead bool) error {
+func (a *archiver) archive(ctx context.Context, s *Store, owner, path string, ahead bool) error {
 	key := aheadKey{s.place(), filepath.Base(path)}
 	a.mu.Lock()
 	u := a.uploads[key]
@@ -772,7 +776,7 @@ func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead boo
 	a.mu.Unlock()
 	next := func() {
 		if ahead {
-			a.lookAhead(s, path)
+			a.lookAhead(s, owner, path)
 		}
 	}
 	if u != nil {
@@ -790,21 +794,21 @@ func (a *archiver) archive(ctx context.Context, s *Store, path string, ahead boo
 			next()
 		}
 		if info, err := os.Stat(path); err == nil && u.err == nil && sameFile(info, u.file) {
-			a.remember(s, path)
+			a.remember(s, owner, path)
 			return nil
 		}
 	}
-	if err := archiveWALInTurn(ctx, s, path, next); err != nil {
+	if err := archiveWALInTurn(ctx, s, path, owner, next); err != nil {
 		return err
 	}
-	a.remember(s, path)
+	a.remember(s, owner, path)
 	return nil
 }
 
-func (a *archiver) remember(s *Store, path string) {
+func (a *archiver) remember(s *Store, owner, path string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.last, a.wals = s, filepath.Dir(path)
+	a.last, a.owner, a.wals = s, owner, filepath.Dir(path)
 }
 
 func sameFile(a, b fs.FileInfo) bool {
@@ -812,8 +816,8 @@ func sameFile(a, b fs.FileInfo) bool {
 }
 
 // waitingWAL lists the WAL files in a pg_wal that PostgreSQL has marked as ready to be
-// archived, in the order in which it archives them. The last, partial segment of a
-// timeline is left out: it may still be replaced.
+// archived, in the order in which it archives them: history files first (pgarch.c). The last,
+// partial segment of a timeline is left out: it may still be replaced.
 func waitingWAL(pgWAL string) ([]string, error) {
 	d, err := os.Open(filepath.Join(pgWAL, "archive_status"))
 	if err != nil {
@@ -834,12 +838,20 @@ func waitingWAL(pgWAL string) ([]string, error) {
 			names = append(names, name)
 		}
 	}
-	slices.Sort(names)
+	slices.SortFunc(names, func(a, b string) int {
+		if history := strings.HasSuffix(a, ".history"); history != strings.HasSuffix(b, ".history") {
+			if history {
+				return -1
+			}
+			return 1
+		}
+		return strings.Compare(a, b)
+	})
 	return names, nil
 }
 
 // lookAhead starts to store files that wait behind the one at path.
-func (a *archiver) lookAhead(s *Store, path string) {
+func (a *archiver) lookAhead(s *Store, owner, path string) {
 	ahead := s.Config.Configuration.WAL.MaxParallel - 1
 	if ahead < 1 || a.life.Err() != nil {
 		return
@@ -865,13 +877,13 @@ func (a *archiver) lookAhead(s *Store, path string) {
 			flying++
 		}
 	}
-	for _, name := range names {
+	for _, name := range names[slices.Index(names, filepath.Base(path))+1:] {
 		key := aheadKey{destination, name}
 		// What is stored and not yet asked for is bounded too, lest a slow archiver be outrun without end.
 		if flying >= ahead || len(a.uploads) >= 4*ahead {
 			return
 		}
-		if a.uploads[key] != nil || name == filepath.Base(path) {
+		if a.uploads[key] != nil {
 			continue
 		}
 		file := filepath.Join(pgWAL, name)
@@ -884,7 +896,7 @@ func (a *archiver) lookAhead(s *Store, path string) {
 		flying++
 		a.workers.Go(func() {
 			defer close(u.done)
-			if u.err = archiveWAL(a.life, s, file); u.err != nil && a.life.Err() == nil {
+			if u.err = archiveWALInTurn(a.life, s, file, owner, func() {}); u.err != nil && a.life.Err() == nil {
 				slog.Info("A WAL file could not be stored ahead of its turn; it will be tried again when PostgreSQL asks for it",
 					"walName", name, "error", u.err)
 			}
@@ -898,7 +910,7 @@ func (a *archiver) lookAhead(s *Store, path string) {
 // in the archive when it comes back.
 func (a *archiver) drain(ctx context.Context) {
 	a.mu.Lock()
-	s, pgWAL := a.last, a.wals
+	s, owner, pgWAL := a.last, a.owner, a.wals
 	a.mu.Unlock()
 	if s == nil {
 		return
@@ -908,49 +920,28 @@ func (a *archiver) drain(ctx context.Context) {
 		slog.Warn("Cannot see whether WAL files wait to be archived", "error", err)
 		return
 	}
-	var left atomic.Int64
-	left.Store(int64(len(names)))
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(max(1, s.Config.Configuration.WAL.MaxParallel))
-	store := func(name string) error {
-		if err := ctx.Err(); err != nil {
-			return err // another one has failed, or the time is over
-		}
+	for i, name := range names {
 		// After a crash a mark may stand for a segment that is gone (pgarch.c): PostgreSQL passes it over too.
-		if err := a.archive(ctx, s, filepath.Join(pgWAL, name), false); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+		if err := a.archive(ctx, s, owner, filepath.Join(pgWAL, name), true); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			slog.Error("WAL files stay behind in pg_wal; they are archived when the instance is back", "first", name, "files", len(names)-i, "error", err)
+			return
 		}
-		left.Add(-1)
-		return nil
-	}
-	// If the history of a timeline or the first segment is refused, the rest is to stay here too.
-	slices.SortStableFunc(names, func(a, b string) int { return cmp.Compare(len(a), len(b)) }) // history files have short names
-	alone := 0
-	for err == nil && alone < len(names) && (alone == 0 || strings.HasSuffix(names[alone-1], ".history")) {
-		err = store(names[alone])
-		alone++
-	}
-	if err != nil {
-		alone = len(names)
-	}
-	for _, name := range names[alone:] {
-		g.Go(func() error { return store(name) })
-	}
-	if err = cmp.Or(err, g.Wait()); err != nil {
-		slog.Error("WAL files stay behind in pg_wal; they are archived when the instance is back", "files", left.Load(), "error", err)
 	}
 }
 
 // errArchiveNotEmpty is what the empty-archive check says. Barman's words come first since alerts look for them.
 var errArchiveNotEmpty = errors.New("Expected empty archive")
 
+// walOwner is the name of the user metadata that holds the UID of the Cluster which archived a file.
+const walOwner = "cluster-uid"
+
 // checkEmptyArchive makes sure that a new cluster begins with an empty WAL archive:
-// errArchiveNotEmpty if any WAL file is there. The one exception is the file that is
-// just being archived (file, may be ""), with the same content: then an earlier attempt
-// of ours succeeded and its reply was lost. A missing bucket is made.
-func checkEmptyArchive(ctx context.Context, s *Store, file string) error {
+// errArchiveNotEmpty if any WAL file is there, except for the one that is just being archived
+// (file, may be ""), whose content is compared then. An archive that owner ("" for nobody) has
+// begun is its own: a standby may be promoted that was made before its primary's first success,
+// and still has the marker of the check. A missing bucket is made.
+func checkEmptyArchive(ctx context.Context, s *Store, file, owner string) error {
 	prefix := s.key("wals/")
-	var own []walObject
 	for o, err := range s.List(ctx, prefix) {
 		if errors.Is(err, errNoBucket) {
 			if createErr := s.CreateBucket(ctx); createErr != nil {
@@ -963,31 +954,22 @@ func checkEmptyArchive(ctx context.Context, s *Store, file string) error {
 		if err != nil {
 			return fmt.Errorf("check that the WAL archive is empty: %w", err)
 		}
-		w := newWALObject(o)
-		if _, err := parseWALName(w.Name); err != nil {
-			continue // not a WAL file: no business of ours
+		name := newWALObject(o).Name
+		if _, err := parseWALName(name); err != nil || name == filepath.Base(file) {
+			continue // no business of ours
 		}
-		if file == "" || w.Name != filepath.Base(file) {
-			return fmt.Errorf("%w: %s is there. Another cluster has archived to %s: set a serverName (plugin parameter) that was not used before, "+
-				"or, if you are sure that this archive is to be continued, annotate the Cluster with %s=enabled",
-				errArchiveNotEmpty, s.URL(o.Key), s.URL(prefix), skipEmptyArchiveAnnotation)
+		if owner != "" {
+			h, err := s.Head(ctx, o.Key)
+			if err != nil {
+				return fmt.Errorf("check whose archive it is: %w", err)
+			}
+			if h.Metadata[walOwner] == owner {
+				return nil
+			}
 		}
-		own = append(own, w)
-	}
-	if len(own) == 0 {
-		return nil
-	}
-	f, err := os.Open(file)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	name, err := parseWALName(filepath.Base(file))
-	if err != nil {
-		return err
-	}
-	if err := sameContent(ctx, s, name, own, f); err != nil {
-		return fmt.Errorf("%w: %w", errArchiveNotEmpty, err)
+		return fmt.Errorf("%w: %s is there. Another cluster has archived to %s: set a serverName (plugin parameter) that was not used before, "+
+			"or, if you are sure that this archive is to be continued, annotate the Cluster with %s=enabled",
+			errArchiveNotEmpty, s.URL(o.Key), s.URL(prefix), skipEmptyArchiveAnnotation)
 	}
 	return nil
 }
@@ -1522,7 +1504,7 @@ func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef
 	}
 	check := checksEmptyArchive(cluster, r.CheckEmptyWalArchive, fileExists(filepath.Join(w.pgdata, emptyArchiveMarker)))
 	if check {
-		if err := checkEmptyArchive(ctx, s, r.SourceFileName); err != nil {
+		if err := checkEmptyArchive(ctx, s, r.SourceFileName, string(cluster.UID)); err != nil {
 			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
 		}
 	}
@@ -1532,7 +1514,7 @@ func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef
 		}
 	}
 	w.continued.Store(s.place(), true)
-	if err := w.archiver.archive(ctx, s, r.SourceFileName, !check); err != nil {
+	if err := w.archiver.archive(ctx, s, string(cluster.UID), r.SourceFileName, !check); err != nil {
 		return err
 	}
 	// The next segment may come before the instance manager removes the marker, and
@@ -1643,7 +1625,7 @@ func (w *walService) lookBehind(ctx context.Context, s *Store, name walName) {
 			return
 		}
 		later := newWALObject(o)
-		if l, err := parseWALName(later.Name); err != nil || l.Kind != walSegment || later.Name < name.Name {
+		if l, err := parseWALName(later.Name); err != nil || l.Kind != walSegment || later.Name <= name.Name {
 			continue
 		}
 		text := fmt.Sprintf("recovery ends before WAL segment %s, which is not in the archive, although %s is: what was written from there on is missing", name.Name, s.URL(o.Key))
@@ -1661,19 +1643,13 @@ func (w *walService) lookBehind(ctx context.Context, s *Store, name walName) {
 // cluster's own archive. What is not configured falls back to the next one.
 func restoreStore(c *Cluster, instance string) *StoreRef {
 	archive, recovery, source := c.ArchiveStore(), c.RecoveryStore(), c.ReplicaSourceStore()
-	order := []*StoreRef{archive, source}
 	switch c.Status.CurrentPrimary {
 	case instance:
-		order = []*StoreRef{source, archive}
+		return cmp.Or(source, archive)
 	case "":
-		order = []*StoreRef{recovery, source, archive}
+		return cmp.Or(recovery, source, archive)
 	}
-	for _, ref := range order {
-		if ref != nil {
-			return ref
-		}
-	}
-	return nil
+	return cmp.Or(archive, source)
 }
 
 // streamingAvailable says whether PostgreSQL can get WAL by streaming too: a standby of

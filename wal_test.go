@@ -615,14 +615,14 @@ func TestEmptyArchiveCheck(t *testing.T) {
 		"main/wals/0000000100000000/" + seg6 + ".partial":            false,
 		"main/wals/0000000100000000/" + seg6 + ".00000028.backup.gz": false,
 		"main/wals/00000002.history":                                 false,
-		"main/wals/0000000100000000/" + seg5:                         false, // the same name with other content
+		"main/wals/0000000100000000/" + seg5:                         true, // the same name: compared when it is archived
 	} {
 		t.Run(key, func(t *testing.T) {
 			bucket := newBucket(t)
 			if key != "" {
 				server.write(t, bucket, key, []byte("x"))
 			}
-			err := checkEmptyArchive(t.Context(), openTestStore(t, storeFile(t, server, bucket)), path)
+			err := checkEmptyArchive(t.Context(), openTestStore(t, storeFile(t, server, bucket)), path, "")
 			if empty && err != nil {
 				t.Error(err)
 			}
@@ -634,15 +634,15 @@ func TestEmptyArchiveCheck(t *testing.T) {
 	t.Run("own first file", func(t *testing.T) { // stored before, and the reply was lost
 		s := openTestStore(t, storeFile(t, server, newBucket(t)))
 		mustArchive(t, s, path)
-		if err := checkEmptyArchive(t.Context(), s, path); err != nil {
+		if err := checkEmptyArchive(t.Context(), s, path, ""); err != nil {
 			t.Error(err)
 		}
-		mustSay(t, checkEmptyArchive(t.Context(), s, ""), errArchiveNotEmpty)
-		mustSay(t, checkEmptyArchive(t.Context(), s, writeWAL(t, seg6, segment(seg6, mib, 7, 1))), errArchiveNotEmpty, seg5)
+		mustSay(t, checkEmptyArchive(t.Context(), s, "", ""), errArchiveNotEmpty)
+		mustSay(t, checkEmptyArchive(t.Context(), s, writeWAL(t, seg6, segment(seg6, mib, 7, 1)), ""), errArchiveNotEmpty, seg5)
 	})
 	t.Run("missing bucket is made", func(t *testing.T) {
 		s := openTestStore(t, storeFile(t, server, "made-by-the-check"))
-		if err := checkEmptyArchive(t.Context(), s, path); err != nil {
+		if err := checkEmptyArchive(t.Context(), s, path, ""); err != nil {
 			t.Fatal(err)
 		}
 		mustArchive(t, s, path)
@@ -652,7 +652,7 @@ func TestEmptyArchiveCheck(t *testing.T) {
 		proxy := startFaultProxy(t, server)
 		rule := proxy.add(fault{Method: http.MethodPut, Do: answerError, HTTP: 403, Code: "AccessDenied"})
 		s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://not-for-us"))
-		mustSay(t, checkEmptyArchive(t.Context(), s, path), errNoBucket, "not-for-us", "403 AccessDenied", "destinationPath")
+		mustSay(t, checkEmptyArchive(t.Context(), s, path, ""), errNoBucket, "not-for-us", "403 AccessDenied", "destinationPath")
 		if proxy.hits(rule) == 0 {
 			t.Error("nobody asked for the bucket")
 		}
@@ -988,6 +988,46 @@ func TestArchiveOfAnotherSystem(t *testing.T) {
 	}
 }
 
+// A standby may have been made while its primary still had the marker of the empty-archive
+// check. Once promoted it goes on with the archive that its Cluster has begun, and with no other's.
+func TestArchiveOfPromotedStandby(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	source, err := newFileSource(storeFile(t, server, bucket, "wal: {maxParallel: 4}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := func(instance, uid, pgWAL, name string) error {
+		marker := filepath.Join(filepath.Dir(pgWAL), emptyArchiveMarker)
+		if err := os.WriteFile(marker, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cluster := strings.NewReplacer("main-1", instance, "u-1", uid).Replace(mainCluster)
+		_, err := testWALService(t, source, instance, filepath.Dir(pgWAL)).Archive(t.Context(), &wal.WALArchiveRequest{
+			ClusterDefinition: []byte(cluster), SourceFileName: filepath.Join(pgWAL, name)})
+		if (err == nil) == fileExists(marker) {
+			t.Errorf("%s: %v, and the marker is there: %t", instance, err, fileExists(marker))
+		}
+		return err
+	}
+	one, two, three, four := segmentName(1, 1, mib), segmentName(1, 2, mib), segmentName(1, 3, mib), segmentName(1, 4, mib)
+	primary, _ := readyWAL(t, 1)
+	standby, contents := readyWAL(t, 2, 3, 4)
+	if err := archive("main-1", "ours", primary, one); err != nil {
+		t.Fatal(err)
+	}
+	for _, uid := range []string{"theirs", ""} {
+		if err := archive("main-2", uid, standby, two); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "Expected empty archive") {
+			t.Errorf("a Cluster with the uid %q: %v", uid, err)
+		}
+	}
+	for _, name := range []string{two, three, four} {
+		if err := archive("main-2", "ours", standby, name); err != nil {
+			t.Fatal(err)
+		}
+		mustFetch(t, testStoreFile(t, storeFile(t, server, bucket), "main"), name, contents[name])
+	}
+}
+
 func TestWALService(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
 	source, err := newFileSource(storeFile(t, server, bucket))
@@ -1281,7 +1321,7 @@ func TestArchiveLookAhead(t *testing.T) {
 	defer func() { end(); a.workers.Wait() }()
 	pgWAL, contents := readyWAL(t, 1, 2, 3, 4, 5, 6, 7, 8)
 	archive := func(n uint64) error {
-		return a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, n, mib)), true)
+		return a.archive(t.Context(), s, "", filepath.Join(pgWAL, segmentName(1, n, mib)), true)
 	}
 
 	if err := archive(1); err != nil {
@@ -1323,13 +1363,13 @@ func TestArchiveLookAheadFailure(t *testing.T) {
 	pgWAL, contents := readyWAL(t, 1, 2)
 	first, second := segmentName(1, 1, mib), segmentName(1, 2, mib)
 	denied := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(second), Do: answerError, HTTP: 403, Code: "AccessDenied"})
-	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, first), true); err != nil {
+	if err := a.archive(t.Context(), s, "", filepath.Join(pgWAL, first), true); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, "the failure", func() bool { return proxy.hits(denied) > 0 })
-	mustSay(t, a.archive(t.Context(), s, filepath.Join(pgWAL, second), true), errDenied, second)
+	mustSay(t, a.archive(t.Context(), s, "", filepath.Join(pgWAL, second), true), errDenied, second)
 	proxy.clear()
-	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, second), true); err != nil {
+	if err := a.archive(t.Context(), s, "", filepath.Join(pgWAL, second), true); err != nil {
 		t.Fatal(err)
 	}
 	for name, content := range contents {
@@ -1380,25 +1420,25 @@ func TestArchiveLookAheadStoreSwitched(t *testing.T) {
 	a := newArchiver(life)
 	defer func() { end(); a.workers.Wait() }()
 	pgWAL, contents := readyWAL(t, 1, 2, 3)
-	if err := a.archive(t.Context(), before, filepath.Join(pgWAL, segmentName(1, 1, mib)), true); err != nil {
+	if err := a.archive(t.Context(), before, "", filepath.Join(pgWAL, segmentName(1, 1, mib)), true); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, "the files behind it", func() bool { return len(server.keys(t, oldBucket, "")) == 3 })
 	for _, n := range []uint64{2, 3} {
 		name := segmentName(1, n, mib)
-		if err := a.archive(t.Context(), after, filepath.Join(pgWAL, name), true); err != nil {
+		if err := a.archive(t.Context(), after, "", filepath.Join(pgWAL, name), true); err != nil {
 			t.Fatal(err)
 		}
 		mustFetch(t, after, name, contents[name])
 	}
 	third := filepath.Join(pgWAL, segmentName(1, 3, mib))
-	if err := a.archive(t.Context(), before, filepath.Join(pgWAL, segmentName(1, 2, mib)), true); err != nil {
+	if err := a.archive(t.Context(), before, "", filepath.Join(pgWAL, segmentName(1, 2, mib)), true); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(third, segment(segmentName(1, 3, mib), mib, 7, 99), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	mustSay(t, a.archive(t.Context(), before, third, true), errDifferent)
+	mustSay(t, a.archive(t.Context(), before, "", third, true), errDifferent)
 }
 
 // Nothing is stored ahead of a file that the archive has otherwise: that is another cluster's
@@ -1416,12 +1456,12 @@ func TestArchiveLookAheadRefused(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(pgWAL, first), segment(first, mib, 7, 99), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	mustSay(t, a.archive(t.Context(), s, filepath.Join(pgWAL, first), true), errDifferent, first)
+	mustSay(t, a.archive(t.Context(), s, "", filepath.Join(pgWAL, first), true), errDifferent, first)
 	a.workers.Wait()
 	if err := os.WriteFile(filepath.Join(pgWAL, "00000002.history"), []byte("1\t0/108000\tfork\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, "00000002.history"), true); err != nil {
+	if err := a.archive(t.Context(), s, "", filepath.Join(pgWAL, "00000002.history"), true); err != nil {
 		t.Fatal(err)
 	}
 	a.workers.Wait()
@@ -1429,7 +1469,7 @@ func TestArchiveLookAheadRefused(t *testing.T) {
 		t.Errorf("the archive has %q", keys)
 	}
 	mustFetch(t, s, first, contents[first])
-	a.remember(s, filepath.Join(pgWAL, first))
+	a.remember(s, "", filepath.Join(pgWAL, first))
 	a.drain(t.Context())
 	if keys := server.keys(t, bucket, ""); len(keys) != 2 {
 		t.Errorf("drained although the first one was refused: %q", keys)
@@ -1482,7 +1522,7 @@ func TestArchiveDrain(t *testing.T) {
 	if keys := server.keys(t, bucket, ""); len(keys) != 0 {
 		t.Errorf("an instance that never archived stored %q", keys)
 	}
-	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, 1, mib)), true); err != nil {
+	if err := a.archive(t.Context(), s, "", filepath.Join(pgWAL, segmentName(1, 1, mib)), true); err != nil {
 		t.Fatal(err)
 	}
 	orphan := filepath.Join(pgWAL, "archive_status", segmentName(1, 0, mib)+".ready")
@@ -1495,26 +1535,36 @@ func TestArchiveDrain(t *testing.T) {
 	}
 }
 
-// maxParallel of them at once; one that cannot be stored in time does not hold up the others.
+// Several at once, history files first; what is left is said.
 func TestArchiveDrainParallel(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
 	proxy := startFaultProxy(t, server)
-	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "wal: {maxParallel: 2}"))
+	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, "wal: {maxParallel: 3}"))
 	a := newArchiver(t.Context())
-	pgWAL, contents := readyWAL(t, 1, 2, 3, 4)
-	if err := a.archive(t.Context(), s, filepath.Join(pgWAL, segmentName(1, 1, mib)), false); err != nil {
+	pgWAL, contents := readyWAL(t, 1, 2, 3, 4, 5)
+	if err := a.archive(t.Context(), s, "", filepath.Join(pgWAL, segmentName(1, 1, mib)), false); err != nil {
 		t.Fatal(err)
+	}
+	const history = "00000002.history"
+	for _, file := range []string{history, "archive_status/" + history + ".ready"} {
+		if err := os.WriteFile(filepath.Join(pgWAL, file), []byte("1\t0/500000\twhy\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	stalled := proxy.add(fault{Method: http.MethodPut, Path: regexp.MustCompile(segmentName(1, 2, mib)), Do: stallRequest})
 	log := captureLog(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	drained := make(chan struct{})
 	go func() { defer close(drained); a.drain(ctx) }()
-	waitFor(t, "the others", func() bool { return len(server.keys(t, bucket, "")) == 3 && proxy.hits(stalled) > 0 })
+	// The first two are there: all forms of 1, the history, and what is behind the one that hangs.
+	waitFor(t, "the others", func() bool { return len(server.keys(t, bucket, "")) == 4 && proxy.hits(stalled) > 0 })
+	if !slices.Contains(server.keys(t, bucket, ""), "main/wals/"+history) {
+		t.Errorf("no history in %q", server.keys(t, bucket, ""))
+	}
 	cancel()
 	<-drained
-	if !log.has("stay behind") || !log.has(`"files":1`) || !log.has("archive "+segmentName(1, 2, mib)) {
-		t.Error("the log does not say which file is left")
+	if !log.has("stay behind") || !log.has(`"first":"`+segmentName(1, 2, mib)) || !log.has(`"files":4`) {
+		t.Error("the log does not say which files are left")
 	}
 	proxy.clear()
 	a.drain(t.Context())
