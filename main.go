@@ -300,7 +300,7 @@ func runWALArchive(ctx context.Context, args []string) error {
 		return err
 	}
 	if *empty {
-		if err := checkEmptyArchive(ctx, s, fs.Arg(0), ""); err != nil {
+		if _, err := checkEmptyArchive(ctx, s, fs.Arg(0), ""); err != nil {
 			return err
 		}
 	}

@@ -1654,7 +1654,7 @@ func (r *restoreJobService) checkDestination(ctx context.Context, source *Store,
 	if err != nil {
 		return err
 	}
-	err = checkEmptyArchive(ctx, destination, "", "")
+	_, err = checkEmptyArchive(ctx, destination, "", "")
 	if errors.Is(err, errArchiveNotEmpty) && source.place() == destination.place() {
 		return fmt.Errorf("the new cluster would archive to the very place that it is restored from, %s: set another serverName in its spec.plugins: %w",
 			source.URL(source.key()), err)

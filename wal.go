@@ -765,9 +765,9 @@ func newArchiver(life context.Context) *archiver {
 	return &archiver{life: life, uploads: map[aheadKey]*aheadUpload{}}
 }
 
-// archive stores the WAL file at path as archiveWAL does, for the Cluster with the UID owner. With ahead, what waits behind
-// it is stored too. Not so the first file of a cluster: if storing that one failed, the
-// check of the archive would find its neighbours, and take them for another cluster's.
+// archive stores the WAL file at path as archiveWAL does, for the Cluster with the UID owner.
+// With ahead, what waits behind it is stored too. Not so the first file of a cluster: if storing
+// that one failed, the check of the archive would find its neighbours, and take them for another cluster's.
 func (a *archiver) archive(ctx context.Context, s *Store, owner, path string, ahead bool) error {
 	key := aheadKey{s.place(), filepath.Base(path)}
 	a.mu.Lock()
@@ -938,21 +938,21 @@ const walOwner = "cluster-uid"
 // checkEmptyArchive makes sure that a new cluster begins with an empty WAL archive:
 // errArchiveNotEmpty if any WAL file is there, except for the one that is just being archived
 // (file, may be ""), whose content is compared then. An archive that owner ("" for nobody) has
-// begun is its own: a standby may be promoted that was made before its primary's first success,
+// begun may go on: a standby may be promoted that was made before its primary's first success,
 // and still has the marker of the check. A missing bucket is made.
-func checkEmptyArchive(ctx context.Context, s *Store, file, owner string) error {
+func checkEmptyArchive(ctx context.Context, s *Store, file, owner string) (empty bool, err error) {
 	prefix := s.key("wals/")
 	for o, err := range s.List(ctx, prefix) {
 		if errors.Is(err, errNoBucket) {
 			if createErr := s.CreateBucket(ctx); createErr != nil {
-				return fmt.Errorf("%w; making it failed: %w", err, createErr)
+				return false, fmt.Errorf("%w; making it failed: %w", err, createErr)
 			}
 			slog.Warn("The bucket did not exist and was created; if its name is a typing error, correct destinationPath",
 				"bucket", s.bucket, "objectStore", s.Config.Name)
-			return nil
+			return true, nil
 		}
 		if err != nil {
-			return fmt.Errorf("check that the WAL archive is empty: %w", err)
+			return false, fmt.Errorf("check that the WAL archive is empty: %w", err)
 		}
 		name := newWALObject(o).Name
 		if _, err := parseWALName(name); err != nil || name == filepath.Base(file) {
@@ -961,17 +961,17 @@ func checkEmptyArchive(ctx context.Context, s *Store, file, owner string) error 
 		if owner != "" {
 			h, err := s.Head(ctx, o.Key)
 			if err != nil {
-				return fmt.Errorf("check whose archive it is: %w", err)
+				return false, fmt.Errorf("check whose archive it is: %w", err)
 			}
 			if h.Metadata[walOwner] == owner {
-				return nil
+				return false, nil
 			}
 		}
-		return fmt.Errorf("%w: %s is there. Another cluster has archived to %s: set a serverName (plugin parameter) that was not used before, "+
+		return false, fmt.Errorf("%w: %s is there. Another cluster has archived to %s: set a serverName (plugin parameter) that was not used before, "+
 			"or, if you are sure that this archive is to be continued, annotate the Cluster with %s=enabled",
 			errArchiveNotEmpty, s.URL(o.Key), s.URL(prefix), skipEmptyArchiveAnnotation)
 	}
-	return nil
+	return true, nil
 }
 
 // ---------------------------------------------------------------------------
@@ -1503,12 +1503,13 @@ func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef
 		return err
 	}
 	check := checksEmptyArchive(cluster, r.CheckEmptyWalArchive, fileExists(filepath.Join(w.pgdata, emptyArchiveMarker)))
+	empty := false
 	if check {
-		if err := checkEmptyArchive(ctx, s, r.SourceFileName, string(cluster.UID)); err != nil {
+		if empty, err = checkEmptyArchive(ctx, s, r.SourceFileName, string(cluster.UID)); err != nil {
 			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
 		}
 	}
-	if _, known := w.continued.Load(s.place()); !check && !known && cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled" {
+	if _, known := w.continued.Load(s.place()); !empty && !known && cluster.Annotations[skipEmptyArchiveAnnotation] != "enabled" {
 		if err := checkSystem(ctx, s, systemIdentifier(w.pgdata)); err != nil {
 			return fmt.Errorf("archive %s: %w", filepath.Base(r.SourceFileName), err)
 		}

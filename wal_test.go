@@ -622,7 +622,7 @@ func TestEmptyArchiveCheck(t *testing.T) {
 			if key != "" {
 				server.write(t, bucket, key, []byte("x"))
 			}
-			err := checkEmptyArchive(t.Context(), openTestStore(t, storeFile(t, server, bucket)), path, "")
+			_, err := checkEmptyArchive(t.Context(), openTestStore(t, storeFile(t, server, bucket)), path, "")
 			if empty && err != nil {
 				t.Error(err)
 			}
@@ -634,15 +634,15 @@ func TestEmptyArchiveCheck(t *testing.T) {
 	t.Run("own first file", func(t *testing.T) { // stored before, and the reply was lost
 		s := openTestStore(t, storeFile(t, server, newBucket(t)))
 		mustArchive(t, s, path)
-		if err := checkEmptyArchive(t.Context(), s, path, ""); err != nil {
+		if _, err := checkEmptyArchive(t.Context(), s, path, ""); err != nil {
 			t.Error(err)
 		}
-		mustSay(t, checkEmptyArchive(t.Context(), s, "", ""), errArchiveNotEmpty)
-		mustSay(t, checkEmptyArchive(t.Context(), s, writeWAL(t, seg6, segment(seg6, mib, 7, 1)), ""), errArchiveNotEmpty, seg5)
+		mustSay(t, second(checkEmptyArchive(t.Context(), s, "", "")), errArchiveNotEmpty)
+		mustSay(t, second(checkEmptyArchive(t.Context(), s, writeWAL(t, seg6, segment(seg6, mib, 7, 1)), "")), errArchiveNotEmpty, seg5)
 	})
 	t.Run("missing bucket is made", func(t *testing.T) {
 		s := openTestStore(t, storeFile(t, server, "made-by-the-check"))
-		if err := checkEmptyArchive(t.Context(), s, path, ""); err != nil {
+		if _, err := checkEmptyArchive(t.Context(), s, path, ""); err != nil {
 			t.Fatal(err)
 		}
 		mustArchive(t, s, path)
@@ -652,7 +652,7 @@ func TestEmptyArchiveCheck(t *testing.T) {
 		proxy := startFaultProxy(t, server)
 		rule := proxy.add(fault{Method: http.MethodPut, Do: answerError, HTTP: 403, Code: "AccessDenied"})
 		s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://not-for-us"))
-		mustSay(t, checkEmptyArchive(t.Context(), s, path, ""), errNoBucket, "not-for-us", "403 AccessDenied", "destinationPath")
+		mustSay(t, second(checkEmptyArchive(t.Context(), s, path, "")), errNoBucket, "not-for-us", "403 AccessDenied", "destinationPath")
 		if proxy.hits(rule) == 0 {
 			t.Error("nobody asked for the bucket")
 		}
@@ -1020,11 +1020,25 @@ func TestArchiveOfPromotedStandby(t *testing.T) {
 			t.Errorf("a Cluster with the uid %q: %v", uid, err)
 		}
 	}
+	// As after a major upgrade in place: the Cluster is the same, the database system is not.
+	s := testStoreFile(t, storeFile(t, server, bucket), "main")
+	foreign := aBackup("20260101T100000", 1, "10:00", "0/3000200")
+	foreign.SystemID = "42"
+	if err := s.WriteBackupInfo(t.Context(), foreign); err != nil {
+		t.Fatal(err)
+	}
+	mustWrite(t, filepath.Join(filepath.Dir(standby), controlFile), "\x07\x00\x00\x00\x00\x00\x00\x00")
+	if err := archive("main-2", "ours", standby, two); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "system identifier "+foreign.SystemID) {
+		t.Errorf("the archive has a backup of another database system: %v", err)
+	}
+	if err := s.Delete(t.Context(), s.baseKey(foreign.ID, backupInfoFile)); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{two, three, four} {
 		if err := archive("main-2", "ours", standby, name); err != nil {
 			t.Fatal(err)
 		}
-		mustFetch(t, testStoreFile(t, storeFile(t, server, bucket), "main"), name, contents[name])
+		mustFetch(t, s, name, contents[name])
 	}
 }
 
