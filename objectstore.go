@@ -447,9 +447,6 @@ func ResolveStore(o *ObjectStore, serverName string, secret func(corev1.SecretKe
 			}
 			// A trailing newline from `echo key | base64` is never part of a key.
 			*field.value = strings.TrimSpace(string(b))
-			if *field.value == "" && (field.selector == cred.AccessKeyID || field.selector == cred.SecretAccessKey) {
-				return fail("key %s of Secret %s is empty", field.selector.Key, field.selector.Name) // else the SDK would look for other credentials
-			}
 		}
 	}
 	if conf.EndpointCA != nil {
@@ -728,7 +725,11 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		t.WriteBufferSize, t.ReadBufferSize = connBuffer, connBuffer
 	})
 	var keys aws.CredentialsProvider
-	if s.Config.AccessKeyID != "" {
+	if cred := conf.Credentials; cred != nil && !cred.InheritFromIAMRole {
+		if s.Config.AccessKeyID == "" || s.Config.SecretAccessKey == "" { // the SDK would look for other credentials
+			return nil, fmt.Errorf("key %s of Secret %s or key %s of Secret %s is empty",
+				cred.AccessKeyID.Key, cred.AccessKeyID.Name, cred.SecretAccessKey.Key, cred.SecretAccessKey.Name)
+		}
 		keys = credentials.NewStaticCredentialsProvider(s.Config.AccessKeyID, s.Config.SecretAccessKey, s.Config.SessionToken)
 	}
 	// What is empty here counts as not set.

@@ -1126,6 +1126,26 @@ func TestIAMRole(t *testing.T) {
 	}
 }
 
+// A key without a value is said; the SDK would go and look for other credentials.
+func TestEmptyKey(t *testing.T) {
+	server := testS3(t)
+	t.Setenv("AWS_ACCESS_KEY_ID", server.AccessKey)
+	t.Setenv("AWS_SECRET_ACCESS_KEY", server.SecretKey)
+	for _, key := range []string{"ID: ", "SECRET: "} {
+		file := storeFile(t, server, newBucket(t))
+		manifests, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, file, regexp.MustCompile(key+`[^,}]*`).ReplaceAllString(string(manifests), key+`"\n"`))
+		source, err := newFileSource(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustSay(t, second(source.Store(t.Context(), StoreRef{"store", "main"})), nil, "ObjectStore default/store", "Secret keys", "is empty")
+	}
+}
+
 // AWS gets checksums by whatever address, other servers only if they are told so.
 func TestStoreSendsChecksums(t *testing.T) {
 	for endpoint, want := range map[string]bool{
