@@ -991,6 +991,13 @@ func TestStoreErrors(t *testing.T) {
 			}
 		})
 	}
+	t.Run("the other CA in AWS_CA_BUNDLE", func(t *testing.T) { // endpointCA is trusted in addition
+		t.Setenv("AWS_CA_BUNDLE", secure.CAFile)
+		store := testStore(t, with(secure, func(s *s3Server) { s.CAFile = pki.caFile }), secure.newBucket(t), "main")
+		if err := store.Put(t.Context(), store.key("x"), []byte("x"), putOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
 	if err := os.WriteFile(otherCA+"/garbage", []byte("no certificate"), 0o600); err != nil {
 		t.Fatal(err)
 	}
