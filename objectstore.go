@@ -742,12 +742,16 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 	}
 	cfg.Region = cmp.Or(cfg.Region, "us-east-1")
 	return s3.NewFromConfig(cfg, func(o *s3.Options) {
-		o.Retryer = loggedRetryer{retry.NewStandard(func(r *retry.StandardOptions) {
+		attempts := func(r *retry.StandardOptions) {
 			r.MaxAttempts, r.MaxBackoff = cmp.Or(cfg.RetryMaxAttempts, maxAttempts), maxBackoff
 			// The budget is the number of attempts; a bucket of tokens shared by all
 			// requests would make one bad minute fail the requests of the next one.
 			r.RateLimiter = ratelimit.None
-		})}
+		}
+		o.Retryer = loggedRetryer{retry.NewStandard(attempts)}
+		if cfg.RetryMode == aws.RetryModeAdaptive {
+			o.Retryer = loggedRetryer{retry.NewAdaptiveMode(func(a *retry.AdaptiveModeOptions) { a.StandardOptions = append(a.StandardOptions, attempts) })}
+		}
 		o.DisableLogOutputChecksumValidationSkipped = true
 		// Waiting for "100 Continue" costs a round trip for each segment.
 		o.ContinueHeaderThresholdBytes = -1
@@ -782,10 +786,10 @@ func withoutAcceptEncoding(stack *middleware.Stack) error {
 }
 
 // loggedRetryer says why a request is sent again: five attempts at a server that hangs take long.
-type loggedRetryer struct{ *retry.Standard }
+type loggedRetryer struct{ aws.RetryerV2 }
 
 func (r loggedRetryer) RetryDelay(attempt int, err error) (time.Duration, error) {
-	delay, delayErr := r.Standard.RetryDelay(attempt, err)
+	delay, delayErr := r.RetryerV2.RetryDelay(attempt, err)
 	slog.Info("A request to the store failed, trying again", "attempt", attempt, "delay", delay.Round(time.Millisecond).String(), "error", describe(err))
 	return delay, delayErr
 }

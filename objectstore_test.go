@@ -1133,6 +1133,31 @@ func TestIAMRole(t *testing.T) {
 	}
 }
 
+// The SDK's environment variables for retries count.
+func TestRetryMode(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	for _, mode := range []string{"standard", "adaptive"} {
+		t.Setenv("AWS_RETRY_MODE", mode)
+		t.Setenv("AWS_MAX_ATTEMPTS", "")
+		proxy := startFaultProxy(t, server)
+		s := testStoreAt(t, server, proxy.Endpoint, bucket, mode)
+		if logged, _ := s.client.Options().Retryer.(loggedRetryer); (mode == "adaptive") != (fmt.Sprintf("%T", logged.RetryerV2) == "*retry.AdaptiveMode") {
+			t.Errorf("%s: %T", mode, logged.RetryerV2)
+		}
+		t.Setenv("AWS_MAX_ATTEMPTS", "3")
+		s = testStoreAt(t, server, proxy.Endpoint, bucket, mode)
+		slowDown := proxy.add(fault{Method: http.MethodPut, Do: answerError, HTTP: 503, Code: "SlowDown", Times: 2})
+		if err := s.Put(t.Context(), s.key("x"), []byte("x"), putOptions{}); err != nil || proxy.hits(slowDown) != 2 {
+			t.Errorf("%s: %v after %d refusals", mode, err, proxy.hits(slowDown))
+		}
+		proxy.clear()
+		slowDown = proxy.add(fault{Method: http.MethodPut, Do: answerError, HTTP: 503, Code: "SlowDown"})
+		if err := s.Put(t.Context(), s.key("y"), []byte("y"), putOptions{}); !errors.Is(err, errTransient) || proxy.hits(slowDown) != 3 {
+			t.Errorf("%s: %v after %d refusals", mode, err, proxy.hits(slowDown))
+		}
+	}
+}
+
 // A key without a value is said; the SDK would go and look for other credentials.
 func TestEmptyKey(t *testing.T) {
 	server := testS3(t)
