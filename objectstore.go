@@ -618,6 +618,7 @@ type Store struct {
 	conditionsRefused atomic.Int32
 	// noBatchDelete is set when the server refused DeleteObjects as such.
 	noBatchDelete  atomic.Bool
+	answered       atomic.Bool  // as S3 does, at least once
 	certificateEnd atomic.Int64 // of the server's TLS certificate, in Unix seconds; 0: not seen yet
 }
 
@@ -706,7 +707,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 			if err != nil {
 				return nil, err
 			}
-			if err := unacknowledged(conn, writeStall); err != nil {
+			if err := unacknowledged(conn, 2*writeStall); err != nil {
 				slog.Debug("No TCP_USER_TIMEOUT", "error", err)
 			}
 			return &stallConn{Conn: conn, in: bufio.NewReaderSize(conn, connBuffer), read: stall, write: writeStall}, nil
@@ -809,8 +810,9 @@ var embeddedRoots = sync.OnceFunc(func() {
 	x509.SetFallbackRoots(pool)
 })
 
-// unacknowledged breaks a connection whose peer's kernel has acknowledged nothing for that long
-// (TCP_USER_TIMEOUT, tcp(7)): a network that is gone is known by that, while a server that works may stay silent.
+// unacknowledged breaks a connection whose peer takes nothing of what was sent for that long
+// (TCP_USER_TIMEOUT, tcp(7)): a network that is gone is known by that, while a server that has
+// taken a request may work on it in silence.
 func unacknowledged(conn net.Conn, limit time.Duration) error {
 	tcp, ok := conn.(*net.TCPConn)
 	if !ok {
@@ -913,6 +915,7 @@ func describe(err error) string {
 // wrap turns an error of the SDK into a storeError; nil stays nil.
 func (s *Store) wrap(op, key string, err error) error {
 	if err == nil {
+		s.answered.Store(true)
 		return nil
 	}
 	e := &storeError{op: op, url: s.URL(key), err: err}
@@ -937,8 +940,10 @@ func (s *Store) wrap(op, key string, err error) error {
 		e.kind = errNotFound
 	case status == http.StatusPreconditionFailed, code == "ConditionalRequestConflict":
 		e.kind = errPrecondition
-	case status == http.StatusNotImplemented:
+	case status == http.StatusNotImplemented, code == "NotImplemented":
 		e.kind = errUnsupported
+	case code == "RequestTimeTooSkewed":
+		e.hint = "the clocks here and there differ: correct the one that is wrong"
 	case status == http.StatusForbidden, status == http.StatusUnauthorized,
 		code == "InvalidAccessKeyId", code == "SignatureDoesNotMatch", code == "XAdminUserNotFound":
 		e.kind = errDenied
@@ -951,12 +956,18 @@ func (s *Store) wrap(op, key string, err error) error {
 	case code == "InvalidRequest" && strings.Contains(err.Error(), "x-amz-checksum"):
 		e.hint = "the bucket has object lock: set AWS_REQUEST_CHECKSUM_CALCULATION=when_supported in the environment of this program"
 	case status == http.StatusNotFound, errors.Is(err, errNotS3):
+		if s.answered.Load() { // a gateway in a bad moment
+			e.kind = errTransient
+		}
 		e.hint = fmt.Sprintf("that is no answer of an S3 server: check endpointURL of ObjectStore %s, and what stands in front of %s", s.Config.Name, where)
 	case errors.As(err, &unknownCA), errors.As(err, &hostname):
 		e.kind = errUntrusted
 		e.hint = fmt.Sprintf("set endpointCA of ObjectStore %s to the CA that signed the certificate of %s", s.Config.Name, where)
 	case errors.Is(err, context.Canceled):
-	case status >= 500 || status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || code == "SlowDown" || code == "RequestTimeout":
+	case status >= 500 || status == http.StatusTooManyRequests || status == http.StatusRequestTimeout,
+		slices.Contains([]string{"SlowDown", "RequestTimeout", "OperationAborted"}, code),
+		slices.Contains([]string{"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}, code), // damaged on the way
+		status >= 200 && status < 300: // the reply began, and broke off
 		e.kind = errTransient
 	case status == 0:
 		// no reply at all: name resolution, connection, reset, deadline
@@ -1081,22 +1092,28 @@ type object struct {
 // List yields the objects under a prefix in the order of their keys, page by page, so
 // that memory stays flat at any number of objects, up to the first error.
 func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object, error] {
-	return s.list(ctx, prefix, nil)
+	return s.list(ctx, &s3.ListObjectsV2Input{Prefix: &prefix})
+}
+
+// ListAfter is List from behind a key on. A server that does not know of that lists everything.
+func (s *Store) ListAfter(ctx context.Context, prefix, key string) iter.Seq2[object, error] {
+	return s.list(ctx, &s3.ListObjectsV2Input{Prefix: &prefix, StartAfter: &key})
 }
 
 // listLevel yields what lies directly under a prefix that ends in a slash; of a directory
 // only the key, which ends in a slash too.
 func (s *Store) listLevel(ctx context.Context, prefix string) iter.Seq2[object, error] {
-	return s.list(ctx, prefix, aws.String("/"))
+	return s.list(ctx, &s3.ListObjectsV2Input{Prefix: &prefix, Delimiter: aws.String("/")})
 }
 
-func (s *Store) list(ctx context.Context, prefix string, delimiter *string) iter.Seq2[object, error] {
+func (s *Store) list(ctx context.Context, input *s3.ListObjectsV2Input) iter.Seq2[object, error] {
 	return func(yield func(object, error) bool) {
-		pages := s3.NewListObjectsV2Paginator(s.client, &s3.ListObjectsV2Input{Bucket: &s.bucket, Prefix: &prefix, Delimiter: delimiter})
+		input.Bucket = &s.bucket
+		pages := s3.NewListObjectsV2Paginator(s.client, input, func(o *s3.ListObjectsV2PaginatorOptions) { o.StopOnDuplicateToken = true })
 		for pages.HasMorePages() {
-			page, err := s.nextPage(ctx, pages, prefix)
+			page, err := s.nextPage(ctx, pages, *input.Prefix)
 			if err == nil && aws.ToBool(page.IsTruncated) && !pages.HasMorePages() {
-				err = fmt.Errorf("list %s: the server says that there is more, and not where it goes on", s.URL(prefix))
+				err = fmt.Errorf("list %s: the server says that there is more, and not where it goes on", s.URL(*input.Prefix))
 			}
 			if err != nil {
 				yield(object{}, err)

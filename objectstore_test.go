@@ -732,6 +732,9 @@ func TestWriterThroughFaults(t *testing.T) {
 		{"part, reset", 3 * minPartSize, fault{Method: "PUT", Path: regexp.MustCompile(`partNumber=1`), Times: 2, Do: resetRequest}, putOptions{}, nil},
 		{"complete, reply lost", 3 * minPartSize, fault{Method: "POST", Path: regexp.MustCompile(`uploadId=`), Times: 1, Do: loseReply}, putOptions{}, nil},
 		{"complete, reset", 3 * minPartSize, fault{Method: "POST", Path: regexp.MustCompile(`uploadId=`), Times: 1, Do: resetRequest}, putOptions{IfAbsent: true}, nil},
+		{"part, damaged on the way", 3 * minPartSize, fault{Method: "PUT", Path: regexp.MustCompile(`partNumber=2`), Times: 1, Do: answerError, HTTP: 400, Code: "BadDigest"}, putOptions{Patience: time.Minute}, nil},
+		{"complete, nothing of the reply", 3 * minPartSize, fault{Method: "POST", Path: regexp.MustCompile(`uploadId=`), Times: 1, Do: truncateBody}, putOptions{Patience: time.Minute}, nil},
+		{"complete, reply cut", 3 * minPartSize, fault{Method: "POST", Path: regexp.MustCompile(`uploadId=`), Times: 1, Do: truncateBody, Bytes: 60}, putOptions{IfAbsent: true, Patience: time.Minute}, nil},
 		{"for good", 1000, fault{Method: "PUT", Do: answerError, HTTP: 503, Code: "SlowDown"}, putOptions{}, errTransient},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -333,12 +333,19 @@ func nothingThere(ctx context.Context, s *Store) error {
 // reads all of them: errDamaged then comes with those that could be read.
 func readHistories(ctx context.Context, s *Store, catalog *Catalog, goal *recoveryGoal) (timelineHistories, error) {
 	histories, stored := timelineHistories{}, map[uint32]walObject{}
+	newest, directory := uint32(0), "" // the directory of WAL with the highest timeline
 	for o, err := range s.listLevel(ctx, s.key("wals/")) {
 		if err != nil {
 			return nil, err
 		}
+		if inside, ok := strings.CutSuffix(o.Key, "/"); ok {
+			if w, err := parseWALName(path.Base(inside) + "00000000"); err == nil && w.Timeline >= newest {
+				newest, directory = w.Timeline, o.Key
+			}
+			continue
+		}
 		o := newWALObject(o)
-		if w, err := parseWALName(o.Name); err == nil && w.Kind == walHistory && !strings.HasSuffix(o.Key, "/") {
+		if w, err := parseWALName(o.Name); err == nil && w.Kind == walHistory {
 			histories[w.Timeline], stored[w.Timeline] = nil, o
 		}
 	}
@@ -347,6 +354,10 @@ func readHistories(ctx context.Context, s *Store, catalog *Catalog, goal *recove
 		wanted = nil
 		for _, b := range catalog.Backups {
 			wanted = append(wanted, goal.targetTimeline(b, histories))
+		}
+		if _, ok := stored[newest]; !ok && goal.TargetTLI == "latest" && len(wanted) > 0 && newest > slices.Max(wanted) {
+			slog.Warn("The archive has WAL of a timeline without its history: no recovery will find it", "timeline", newest,
+				"wal", s.URL(directory), "missing", s.URL(s.walPrefix(fmt.Sprintf("%08X.history", newest))))
 		}
 	}
 	var damaged []error
@@ -895,7 +906,7 @@ func (r *restorer) entry(a dataArchive, h *tar.Header, content io.Reader, buffer
 
 // route finds the directory that an entry goes to, and its name in it; nil when it is to be left out.
 func (r *restorer) route(a dataArchive, name string) (*targetDir, string) {
-	if path.Base(name) == incompleteFile { // no archive replaces our marks
+	if name == incompleteFile || r.wal != nil && name == "pg_wal/"+incompleteFile { // no archive replaces our marks
 		return nil, ""
 	}
 	if a.oid != 0 {
@@ -926,7 +937,7 @@ func (r *restorer) route(a dataArchive, name string) (*targetDir, string) {
 // under another name first: the files in the root of PGDATA, where Barman adds the
 // server's configuration files and, last of all, the backup_label.
 func (r *restorer) file(t *targetDir, a dataArchive, name string, mode fs.FileMode, content io.Reader, buffer []byte) error {
-	staged := name + stagedSuffix + "." + a.name
+	staged := path.Join(path.Dir(name), a.name+stagedSuffix) // each archive unpacks one file at a time
 	if t == r.data && (name == controlFile || !strings.Contains(name, "/")) {
 		if err := t.write(staged, mode, content, buffer); err != nil {
 			return err

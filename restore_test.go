@@ -689,6 +689,8 @@ func TestRestoreHostile(t *testing.T) {
 		{"a link where a directory is", "data.tar", makeTar(t, plain(tarDir("base"), tarLink(tar.TypeSymlink, "base", "global"))...), []string{`entry "base"`}, nil},
 		{"twice", "data.tar", makeTar(t, plain(tarFile("base/1", "first"), tarFile("base/1", "second"), tarFile("twice", "first"), tarFile("./twice", "second"))...), nil,
 			map[string]string{"base/1": "file 600 second", "twice": "file 600 second"}},
+		{"a long name", "data.tar", outside(tarFile(strings.Repeat("n", 255), "x")), nil, map[string]string{strings.Repeat("n", 255): "file 600 x"}},
+		{"a mark that is none", "data.tar", makeTar(t, plain(tarDir("base"), tarFile("base/"+incompleteFile, "x"))...), nil, map[string]string{"base/" + incompleteFile: "file 600 x"}},
 		{"our own mark", "data.tar", outside(tarFile(incompleteFile, "x")), nil, map[string]string{incompleteFile: ""}},
 		{"a name of our own", "data.tar", outside(tarFile("global/pg_control.restoring", "x")), nil, map[string]string{"global/pg_control": "file 600 control"}},
 		{"an empty name", "data.tar", rename(t, outside(tarFile("blank", "x")), "blank"), []string{`entry ""`}, nil},

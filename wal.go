@@ -511,12 +511,12 @@ func timelineEnd(pgWAL string, name walName, size int64) (int64, error) {
 	if name.Kind != walSegment {
 		return size, nil
 	}
-	histories, err := filepath.Glob(filepath.Join(pgWAL, "????????.history"))
+	histories, err := fs.Glob(os.DirFS(pgWAL), "????????.history")
 	if err != nil {
 		return 0, err
 	}
 	for _, file := range histories {
-		content, err := os.ReadFile(file)
+		content, err := os.ReadFile(filepath.Join(pgWAL, file))
 		if err != nil {
 			return 0, err
 		}
@@ -687,12 +687,25 @@ func walCoverage(ctx context.Context, s *Store, catalog *Catalog, absent ...stri
 			need(timeline, at)
 		}
 	}
+	newest := slices.Max(slices.Collect(maps.Keys(timelines)))
 	for o, err := range s.List(ctx, s.key("wals/")) {
 		if err != nil {
 			return nil, err
 		}
 		w, err := parseWALName(newWALObject(o).Name)
 		t := timelines[w.Timeline]
+		if _, ok := histories[w.Timeline]; t == nil && !ok && err == nil && w.Kind == walSegment && w.Timeline > newest {
+			// No recovery finds this timeline: PostgreSQL archives its history before its first segment.
+			history := fmt.Sprintf("%08X.history", w.Timeline)
+			objects, err := walObjects(ctx, s, history, false)
+			if err != nil {
+				return nil, err
+			}
+			if histories[w.Timeline] = nil; len(objects) == 0 { // else it has come since
+				t = &timelineWAL{Timeline: w.Timeline, next: w.number(size), size: size, Missing: 1, Gaps: []string{history}}
+				timelines[w.Timeline] = t
+			}
+		}
 		if err != nil || w.Kind != walSegment || t == nil || w.number(size) < t.next {
 			continue // not needed, or another form of the same segment
 		}
@@ -743,16 +756,17 @@ type archiver struct {
 
 	mu      sync.Mutex
 	workers sync.WaitGroup
-	uploads map[aheadKey]*aheadUpload
+	uploads map[string]*aheadUpload // by name
+	// All of them go to one place, so that another store never acknowledges what it does not
+	// hold. When the place changes they end: a store that hangs would keep the memory that the next one needs.
+	place  string
+	flight context.Context
+	cancel context.CancelFunc
 	// Of the last success, for drain:
 	last  *Store
 	owner string // UID of the Cluster, "" outside Kubernetes
 	wals  string // pg_wal
 }
-
-// aheadKey names a file at its destination, so that another store never acknowledges
-// what it does not hold, and never hands it out.
-type aheadKey struct{ destination, name string }
 
 // aheadUpload is a file that is being, or has been, stored ahead of its turn.
 type aheadUpload struct {
@@ -762,17 +776,22 @@ type aheadUpload struct {
 }
 
 func newArchiver(life context.Context) *archiver {
-	return &archiver{life: life, uploads: map[aheadKey]*aheadUpload{}}
+	return &archiver{life: life, cancel: func() {}}
 }
 
 // archive stores the WAL file at path as archiveWAL does, for the Cluster with the UID owner.
 // With ahead, what waits behind it is stored too. Not so the first file of a cluster: if storing
 // that one failed, the check of the archive would find its neighbours, and take them for another cluster's.
 func (a *archiver) archive(ctx context.Context, s *Store, owner, path string, ahead bool) error {
-	key := aheadKey{s.place(), filepath.Base(path)}
+	name, place := filepath.Base(path), s.place()
 	a.mu.Lock()
-	u := a.uploads[key]
-	delete(a.uploads, key)
+	if place != a.place {
+		a.cancel()
+		a.flight, a.cancel = context.WithCancel(a.life)
+		a.place, a.uploads = place, map[string]*aheadUpload{}
+	}
+	u := a.uploads[name]
+	delete(a.uploads, name)
 	a.mu.Unlock()
 	next := func() {
 		if ahead {
@@ -788,7 +807,7 @@ func (a *archiver) archive(ctx context.Context, s *Store, owner, path string, ah
 		select {
 		case <-u.done:
 		case <-ctx.Done():
-			return fmt.Errorf("archive %s: %w", key.name, ctx.Err())
+			return fmt.Errorf("archive %s: %w", name, ctx.Err())
 		}
 		if u.err == nil {
 			next()
@@ -862,28 +881,29 @@ func (a *archiver) lookAhead(s *Store, owner, path string) {
 		slog.Debug("No look-ahead", "error", err) // not in a data directory: the file itself will do
 		return
 	}
+	place := s.place()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	destination := s.place()
-	flying := 0
-	for key, u := range a.uploads {
+	if place != a.place {
+		return // the store was switched meanwhile
+	}
+	flight, flying := a.flight, 0
+	for name, u := range a.uploads {
 		select {
 		case <-u.done:
-			// PostgreSQL has lost interest in it, or the store was switched
-			if key.destination != destination || !slices.Contains(names, key.name) {
-				delete(a.uploads, key)
+			if !slices.Contains(names, name) { // PostgreSQL has lost interest in it
+				delete(a.uploads, name)
 			}
 		default:
 			flying++
 		}
 	}
 	for _, name := range names[slices.Index(names, filepath.Base(path))+1:] {
-		key := aheadKey{destination, name}
 		// What is stored and not yet asked for is bounded too, lest a slow archiver be outrun without end.
 		if flying >= ahead || len(a.uploads) >= 4*ahead {
 			return
 		}
-		if a.uploads[key] != nil {
+		if a.uploads[name] != nil {
 			continue
 		}
 		file := filepath.Join(pgWAL, name)
@@ -892,11 +912,11 @@ func (a *archiver) lookAhead(s *Store, owner, path string) {
 			continue // archived and removed in between
 		}
 		u := &aheadUpload{file: info, done: make(chan struct{})}
-		a.uploads[key] = u
+		a.uploads[name] = u
 		flying++
 		a.workers.Go(func() {
 			defer close(u.done)
-			if u.err = archiveWALInTurn(a.life, s, file, owner, func() {}); u.err != nil && a.life.Err() == nil {
+			if u.err = archiveWALInTurn(flight, s, file, owner, func() {}); u.err != nil && flight.Err() == nil {
 				slog.Info("A WAL file could not be stored ahead of its turn; it will be tried again when PostgreSQL asks for it",
 					"walName", name, "error", u.err)
 			}
@@ -1217,6 +1237,9 @@ const (
 // errEndOfWAL says that a standby should stream now.
 var errEndOfWAL = errors.New("end of WAL reached")
 
+// aheadKey names a file at its place, so that what is of another store is never handed out.
+type aheadKey struct{ place, name string }
+
 // prefetcher fetches the segments that follow the one that was asked for, in the
 // background and all the time, so that replay does not wait for the store. A segment is
 // never fetched twice: a request for one in flight waits for it. All its state is in
@@ -1329,7 +1352,7 @@ func (p *prefetcher) notFound(s *Store, name string, ahead bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	key := aheadKey{s.place(), name}
-	if ahead && p.ahead && p.missing.destination == key.destination && p.missing.name < name && time.Since(p.since) < streamEndLife {
+	if ahead && p.ahead && p.missing.place == key.place && p.missing.name < name && time.Since(p.since) < streamEndLife {
 		return
 	}
 	p.missing, p.ahead, p.since = key, ahead, time.Now()
@@ -1430,6 +1453,9 @@ const (
 	emptyArchiveMarker = ".check-empty-wal-archive"
 )
 
+// switchedEvery is how often a file on its way looks whether its store is still the right one.
+const switchedEvery = 2 * time.Second
+
 // How long a failing WAL restore is retried before PostgreSQL hears of it.
 const (
 	streamingPatience = 20 * time.Second // it can go on by streaming
@@ -1458,9 +1484,10 @@ func newWALService(life context.Context, source configSource, instance, pgdata, 
 		return nil, err
 	}
 	// What a killed predecessor was fetching; nobody else would ever remove it.
-	leftovers, _ := filepath.Glob(filepath.Join(pgdata, "pg_wal", temporaryWAL+"*"))
+	pgWAL := filepath.Join(pgdata, "pg_wal")
+	leftovers, _ := fs.Glob(os.DirFS(pgWAL), temporaryWAL+"*")
 	for _, name := range leftovers {
-		os.Remove(name)
+		os.Remove(filepath.Join(pgWAL, name))
 	}
 	return &walService{source: source, instance: instance, pgdata: pgdata, archiver: newArchiver(life), prefetch: prefetch,
 		report: newReport(source, pgdata)}, nil
@@ -1497,11 +1524,25 @@ func (w *walService) Archive(ctx context.Context, r *wal.WALArchiveRequest) (*wa
 	return &wal.WALArchiveResult{}, grpcError(err)
 }
 
-func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef, r *wal.WALArchiveRequest) error {
+func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef, r *wal.WALArchiveRequest) (err error) {
 	s, err := w.source.Store(ctx, ref)
 	if err != nil {
 		return err
 	}
+	// A request to a store that hangs would go on for half an hour after the ObjectStore was corrected.
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := every(switchedEvery, func() {
+		if now, err := w.source.Store(ctx, ref); err == nil && now.place() != s.place() {
+			cancel(fmt.Errorf("ObjectStore %s leads to %s now", ref.ObjectStore, now.place()))
+		}
+	})
+	defer func() {
+		if cause := context.Cause(ctx); err != nil && cause != nil {
+			err = fmt.Errorf("%w: %w", err, cause)
+		}
+		cancel(nil)
+		stop()
+	}()
 	check := checksEmptyArchive(cluster, r.CheckEmptyWalArchive, fileExists(filepath.Join(w.pgdata, emptyArchiveMarker)))
 	empty := false
 	if check {
@@ -1604,7 +1645,7 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 			w.prefetch.follow(s, name, size, systemID)
 		case errors.Is(err, errNotFound):
 			w.prefetch.notFound(s, name.Name, false)
-			if patience == forever && name.Kind == walSegment {
+			if patience == forever && (name.Kind == walSegment || name.Kind == walHistory) {
 				w.lookBehind(ctx, s, name)
 			}
 		}
@@ -1612,24 +1653,24 @@ func (w *walService) restore(ctx context.Context, r *wal.WALRestoreRequest) erro
 	})
 }
 
-// lookBehind tells of segments that come after a missing one: PostgreSQL takes that for the
-// end of the archive, and a new cluster opens with less than the archive has. It looks once
-// behind each segment, unless it cannot.
+// lookBehind tells of segments that come after a missing one, or are of a timeline whose
+// history is missing: PostgreSQL takes that for the end of the archive, and a new cluster opens
+// with less than the archive has. It looks once behind each file, unless it cannot.
 func (w *walService) lookBehind(ctx context.Context, s *Store, name walName) {
 	if _, looked := w.holes.LoadOrStore(name, true); looked {
 		return
 	}
-	for o, err := range s.List(ctx, path.Dir(s.walPrefix(name.Name))+"/") {
+	for o, err := range s.ListAfter(ctx, s.key("wals", name.Name[:8]), s.walPrefix(name.Name)) {
 		if err != nil {
 			w.holes.Delete(name)
-			slog.Warn("Cannot see whether the archive goes on behind a missing WAL segment", "walName", name.Name, "error", err)
+			slog.Warn("Cannot see whether the archive goes on behind a missing WAL file", "walName", name.Name, "error", err)
 			return
 		}
 		later := newWALObject(o)
-		if l, err := parseWALName(later.Name); err != nil || l.Kind != walSegment || later.Name <= name.Name {
+		if l, err := parseWALName(later.Name); err != nil || l.Kind != walSegment || name.Kind == walSegment && later.Name <= name.Name {
 			continue
 		}
-		text := fmt.Sprintf("recovery ends before WAL segment %s, which is not in the archive, although %s is: what was written from there on is missing", name.Name, s.URL(o.Key))
+		text := fmt.Sprintf("recovery ends before WAL file %s, which is not in the archive, although %s is: what was written from there on is missing", name.Name, s.URL(o.Key))
 		slog.Warn("There is a gap in the WAL archive: " + text)
 		if err := w.source.Tell(ctx, "Warning", "WALGap", text); err != nil {
 			slog.Warn("Could not write an Event", "reason", "WALGap", "error", err)

@@ -13,6 +13,8 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path"
@@ -21,6 +23,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -829,6 +832,7 @@ func TestRestoreThroughFaults(t *testing.T) {
 		"body cut at the header": {fault{Method: http.MethodGet, Path: get, Times: 1, Do: truncateBody, Bytes: 10}, 0},
 		"busy":                   {fault{Times: 3, Do: answerError, HTTP: 503, Code: "SlowDown"}, 0},
 		"busy for longer":        {fault{Times: 8, Do: answerError, HTTP: 503, Code: "SlowDown"}, time.Minute},
+		"listing cut":            {fault{Method: http.MethodGet, Path: regexp.MustCompile(`list-type=2`), Times: 2, Do: truncateBody, Bytes: 200}, time.Minute},
 		"reset for longer":       {fault{Times: 8, Do: resetRequest}, time.Minute},
 		"denied for a while":     {fault{Times: 3, Do: answerError, HTTP: 403, Code: "AccessDenied"}, forever},
 	} {
@@ -1455,6 +1459,81 @@ func TestArchiveLookAheadStoreSwitched(t *testing.T) {
 	mustSay(t, a.archive(t.Context(), before, "", third, true), errDifferent)
 }
 
+// A store that hangs keeps nobody from going on with another one once the ObjectStore names
+// it: neither the file in turn, nor what was on its way ahead and has all the memory.
+func TestArchiveStoreThatHangs(t *testing.T) {
+	server, bucket, other := testS3(t), newBucket(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	const options = "wal: {maxParallel: 8, compression: zstd}"
+	file := storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket, options)
+	corrected, err := os.ReadFile(storeFile(t, server, other, options))
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := newFileSource(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stalled := proxy.add(fault{Method: http.MethodPut, Do: stallRequest})
+	pgWAL := filepath.Join(testDir(t), "pg_wal")
+	const size, files = 16 * mib, 10
+	for n := uint64(1); n <= files; n++ {
+		name := segmentName(1, n, size)
+		mustWrite(t, filepath.Join(pgWAL, name), string(random(t, size)))
+		mustWrite(t, filepath.Join(pgWAL, "archive_status", name+".ready"), "")
+	}
+	w := testWALService(t, source, "main-1", filepath.Dir(pgWAL))
+	archive := func(n uint64) error {
+		_, err := w.Archive(t.Context(), &wal.WALArchiveRequest{ClusterDefinition: []byte(mainCluster), SourceFileName: filepath.Join(pgWAL, segmentName(1, n, size))})
+		return err
+	}
+	first := make(chan error)
+	go func() { first <- archive(1) }()
+	waitFor(t, "the memory to be full", func() bool { return proxy.hits(stalled) >= 2 })
+	mustWrite(t, file, string(corrected))
+	mustSay(t, <-first, nil, segmentName(1, 1, size), "leads to", other)
+	for n := uint64(1); n <= files; n++ {
+		if err := archive(n); err != nil {
+			t.Fatal(err)
+		}
+		if err := archived(pgWAL, segmentName(1, n, size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if keys := server.keys(t, other, ""); len(keys) != files {
+		t.Errorf("the new store has %q", keys)
+	}
+}
+
+// A page of a gateway in place of a listing, after the store has answered: that passes.
+func TestRestoreThroughGateway(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	upstream, err := url.Parse(server.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pages atomic.Int32
+	behind := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(upstream); r.Out.Host = r.In.Host }}
+	gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if pages.Add(-1) >= 0 {
+			io.WriteString(w, "<html>We will be back</html>")
+			return
+		}
+		behind.ServeHTTP(w, r)
+	}))
+	defer gateway.Close()
+	open := func() *Store { return openTestStore(t, storeFileAt(t, server, gateway.URL, "s3://"+bucket)) }
+	s, content := open(), segment(seg5, mib, 7, 1)
+	mustArchive(t, s, writeWAL(t, seg5, content))
+	pages.Store(1)
+	if got, err := fetchWith(t, s, seg5, restoreWALOptions{Patience: time.Minute}); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	pages.Store(1) // nothing says that the address is right
+	_, err = fetchWith(t, open(), seg5, restoreWALOptions{Patience: time.Minute})
+	mustSay(t, err, errNotS3, "endpointURL")
+}
+
 // Nothing is stored ahead of a file that the archive has otherwise: that is another cluster's
 // archive, and what its owner archives next would find ours there.
 func TestArchiveLookAheadRefused(t *testing.T) {
@@ -1617,13 +1696,32 @@ func TestRestoreTellsOfGap(t *testing.T) {
 	}
 	log := captureLog(t)
 	c := newRestoreClient(t, file, strings.Replace(mainCluster, `"currentPrimary":"main-1"`, `"currentPrimary":""`, 1))
-	for _, n := range []uint64{5, 3, 3} {
-		if code := c.ask(segmentName(1, n, mib), wal.WALRestoreRequest_MODE_RECOVERY); code != codes.NotFound {
-			t.Errorf("segment %d: %s", n, code)
+	ask := func(names ...string) {
+		t.Helper()
+		for _, name := range names {
+			if code := c.ask(name, wal.WALRestoreRequest_MODE_RECOVERY); code != codes.NotFound {
+				t.Errorf("%s: %s", name, code)
+			}
 		}
 	}
-	if n := log.count("There is a gap"); n != 1 || !log.has("before WAL segment "+segmentName(1, 3, mib)) || !log.has(store.URL(store.walPrefix(segmentName(1, 4, mib)))) {
+	ask(segmentName(1, 5, mib), segmentName(1, 3, mib), segmentName(1, 3, mib), "00000002.history")
+	if n := log.count("There is a gap"); n != 1 || !log.has("before WAL file "+segmentName(1, 3, mib)) || !log.has(store.URL(store.walPrefix(segmentName(1, 4, mib)))) {
 		t.Errorf("told %d times", n)
+	}
+	// The gap reaches to the end of its directory.
+	perDirectory := segmentsPerLog(mib)
+	last, next := segmentName(1, perDirectory-1, mib), segmentName(1, perDirectory, mib)
+	server.write(t, bucket, store.walPrefix(next), segment(next, mib, 7, 1))
+	ask(last)
+	if !log.has("before WAL file "+last) || !log.has(store.URL(store.walPrefix(next))) {
+		t.Error("nothing is told of the directory behind")
+	}
+	// The timeline is there, and its history is not.
+	other := segmentName(3, 5, mib)
+	server.write(t, bucket, store.walPrefix(other), segment(other, mib, 7, 1))
+	ask("00000003.history")
+	if !log.has("before WAL file 00000003.history") || !log.has(store.URL(store.walPrefix(other))) {
+		t.Error("nothing is told of the missing history")
 	}
 }
 
@@ -1965,4 +2063,31 @@ func TestWALCoverage(t *testing.T) {
 	catalog.Backups = nil
 	backup("000000020000000000000010", "000000020000000000000011")
 	expect("a backup on timeline 2", nil, `2: 000000020000000000000010-000000020000000000000010 1 0 []`, `3: 000000030000000000000012-000000030000000000000012 1 0 []`)
+	put(4, 0x14, 0x15, "")
+	expect("a timeline without its history", nil, `2: 000000020000000000000010-000000020000000000000010 1 0 []`, `3: 000000030000000000000012-000000030000000000000012 1 0 []`,
+		`4: 000000040000000000000014-000000040000000000000015 2 1 ["00000004.history"]`)
+}
+
+// What a restore chooses from does not hide that there is more.
+func TestMissingHistory(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	store := testStore(t, server, bucket, "main")
+	testBackup(t, server, bucket, store, nil)
+	log := captureLog(t)
+	find := func(target *RecoveryTarget) {
+		t.Helper()
+		if _, err := findBackup(t.Context(), store, target); err != nil {
+			t.Fatal(err)
+		}
+	}
+	find(nil)
+	server.write(t, bucket, store.walPrefix("000000020000000000000005"), nil)
+	find(&RecoveryTarget{TargetTLI: "current"})
+	if log.has("without its history") {
+		t.Error("it is told of what does not matter")
+	}
+	find(nil)
+	if !log.has("without its history") || !log.has(store.URL(store.walPrefix("00000002.history"))) {
+		t.Error("nothing is told of timeline 2")
+	}
 }
