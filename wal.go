@@ -1537,7 +1537,7 @@ func (w *walService) archive(ctx context.Context, cluster *Cluster, ref StoreRef
 		}
 	})
 	defer func() {
-		if cause := context.Cause(ctx); err != nil && cause != nil {
+		if cause := context.Cause(ctx); err != nil && cause != ctx.Err() {
 			err = fmt.Errorf("%w: %w", err, cause)
 		}
 		cancel(nil)
