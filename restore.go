@@ -937,7 +937,8 @@ func (r *restorer) route(a dataArchive, name string) (*targetDir, string) {
 // under another name first: the files in the root of PGDATA, where Barman adds the
 // server's configuration files and, last of all, the backup_label.
 func (r *restorer) file(t *targetDir, a dataArchive, name string, mode fs.FileMode, content io.Reader, buffer []byte) error {
-	staged := path.Join(path.Dir(name), a.name+stagedSuffix) // each archive unpacks one file at a time
+	// Short, whatever the length of the name, and of no other file.
+	staged := path.Join(path.Dir(name), fmt.Sprintf("%s.%08x%s", a.name, crc32.Checksum([]byte(name), castagnoli), stagedSuffix))
 	if t == r.data && (name == controlFile || !strings.Contains(name, "/")) {
 		if err := t.write(staged, mode, content, buffer); err != nil {
 			return err

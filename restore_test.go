@@ -690,6 +690,7 @@ func TestRestoreHostile(t *testing.T) {
 		{"twice", "data.tar", makeTar(t, plain(tarFile("base/1", "first"), tarFile("base/1", "second"), tarFile("twice", "first"), tarFile("./twice", "second"))...), nil,
 			map[string]string{"base/1": "file 600 second", "twice": "file 600 second"}},
 		{"a long name", "data.tar", outside(tarFile(strings.Repeat("n", 255), "x")), nil, map[string]string{strings.Repeat("n", 255): "file 600 x"}},
+		{"names like those of unfinished files", "data.tar", makeTar(t, plain(tarFile("data.restoring", "x"), tarFile("data_0001.restoring", "y"), tarFile("z", "z"))...), nil, map[string]string{"data.restoring": "file 600 x", "z": "file 600 z"}},
 		{"a mark that is none", "data.tar", makeTar(t, plain(tarDir("base"), tarFile("base/"+incompleteFile, "x"))...), nil, map[string]string{"base/" + incompleteFile: "file 600 x"}},
 		{"our own mark", "data.tar", outside(tarFile(incompleteFile, "x")), nil, map[string]string{incompleteFile: ""}},
 		{"a name of our own", "data.tar", outside(tarFile("global/pg_control.restoring", "x")), nil, map[string]string{"global/pg_control": "file 600 control"}},
