@@ -1400,7 +1400,7 @@ func headerOf(name string, info fs.FileInfo) tar.Header {
 // filled, so that a backup does not push out what the server works with. If most of the
 // file was cached before, it is the server's and stays.
 func pageCacheKeeper(f *os.File, size int64) (forget func()) {
-	// Larger files than those of relations are no files of PostgreSQL.
+	// Counting takes a byte for each page: of a file that is larger than any of a relation, the first GiB will do.
 	if cached, err := cachedPages(f, min(size, 1<<30)); err != nil || cached*int64(os.Getpagesize()) > size/2 {
 		return func() {}
 	}

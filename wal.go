@@ -760,7 +760,7 @@ type archiver struct {
 	// All of them go to one place, so that another store never acknowledges what it does not
 	// hold. When the place changes they end: a store that hangs would keep the memory that the next one needs.
 	place  string
-	flight context.Context
+	flight context.Context // of these uploads
 	cancel context.CancelFunc
 	// Of the last success, for drain:
 	last  *Store
@@ -958,8 +958,8 @@ const walOwner = "cluster-uid"
 // checkEmptyArchive makes sure that a new cluster begins with an empty WAL archive:
 // errArchiveNotEmpty if any WAL file is there, except for the one that is just being archived
 // (file, may be ""), whose content is compared then. An archive that owner ("" for nobody) has
-// begun may go on: a standby may be promoted that was made before its primary's first success,
-// and still has the marker of the check. A missing bucket is made.
+// begun may go on, though it is not empty: a standby may be promoted that was made before its
+// primary's first success, and still has the marker of the check. A missing bucket is made.
 func checkEmptyArchive(ctx context.Context, s *Store, file, owner string) (empty bool, err error) {
 	prefix := s.key("wals/")
 	for o, err := range s.List(ctx, prefix) {
