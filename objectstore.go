@@ -617,9 +617,12 @@ type Store struct {
 	// conditionsRefused is how often in a row the server answered that it has no If-None-Match.
 	conditionsRefused atomic.Int32
 	// noBatchDelete is set when the server refused DeleteObjects as such.
-	noBatchDelete  atomic.Bool
-	answered       atomic.Bool  // as S3 does, at least once
-	certificateEnd atomic.Int64 // of the server's TLS certificate, in Unix seconds; 0: not seen yet
+	noBatchDelete atomic.Bool
+	// tellsChecksums is set when the server answered with a checksum that nobody had asked for,
+	// and noChecksums when it refused ours in spite of that, or the environment decides.
+	tellsChecksums, noChecksums atomic.Bool
+	answered                    atomic.Bool  // as S3 does, at least once
+	certificateEnd              atomic.Int64 // of the server's TLS certificate, in Unix seconds; 0: not seen yet
 }
 
 // OpenStore makes the S3 client for a configuration. It sends nothing.
@@ -764,6 +767,8 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 			// Many S3-compatible servers refuse the checksums that the SDK adds by default.
 			if os.Getenv("AWS_REQUEST_CHECKSUM_CALCULATION") == "" {
 				o.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
+			} else {
+				s.noChecksums.Store(true) // none but those
 			}
 			if os.Getenv("AWS_RESPONSE_CHECKSUM_VALIDATION") == "" {
 				o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
@@ -1517,14 +1522,23 @@ func (s *Store) Put(ctx context.Context, key string, content []byte, o putOption
 	return s.put(ctx, key, bytes.NewReader(content), o)
 }
 
-// put stores an object in one request.
+// put stores an object, which body has from its beginning on, in one request. A server that gets no checksum and tells one all the
+// same has computed it: from then on it gets one with each request, so that it finds what
+// changed on the way, and has less to do.
 func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOptions) error {
 	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata}
 	input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = s.encryptionAndTags(o)
-	if o.Body != nil && s.sendsChecksums() {
-		input.ChecksumCRC32C = aws.String(base64.StdEncoding.EncodeToString(o.Body.Sum(nil)))
+	sum, offered := o.Body, !s.sendsChecksums() && s.tellsChecksums.Load() && !s.noChecksums.Load()
+	if sum == nil && offered {
+		sum = crc32.New(castagnoli)
+		if _, err := io.Copy(sum, body); err != nil {
+			return err
+		}
 	}
-	return s.conditionally(o.IfAbsent, func(condition *string) error {
+	if sum != nil && (offered || s.sendsChecksums()) {
+		input.ChecksumCRC32C = aws.String(base64.StdEncoding.EncodeToString(sum.Sum(nil)))
+	}
+	send := func(condition *string) error {
 		if _, err := body.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
@@ -1533,8 +1547,19 @@ func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOp
 		if err == nil && out.ETag == nil {
 			err = errNotS3
 		}
+		if err == nil && input.ChecksumCRC32C == nil && cmp.Or(out.ChecksumCRC64NVME, out.ChecksumCRC32, out.ChecksumCRC32C) != nil {
+			s.tellsChecksums.Store(true)
+		}
 		return s.wrap("put", key, err)
-	})
+	}
+	err := s.conditionally(o.IfAbsent, send)
+	if err != nil && offered && ctx.Err() == nil && !errors.Is(err, errTransient) && !errors.Is(err, errPrecondition) {
+		input.ChecksumCRC32C = nil
+		if err = s.conditionally(o.IfAbsent, send); err == nil {
+			s.noChecksums.Store(true)
+		}
+	}
+	return err
 }
 
 // sendsChecksums says whether the server gets a checksum with what is sent: AWS does, others if they are told so.

@@ -923,6 +923,7 @@ type faultProxy struct {
 type fault struct {
 	Method string         // "" matches every method
 	Path   *regexp.Regexp // against /bucket/key?query; nil matches everything
+	Header string         // the request must have it; "" matches every request
 	Skip   int            // so many matching requests pass unspoilt first
 	Times  int            // how many are spoilt then; 0 means all
 
@@ -1007,7 +1008,7 @@ func (p *faultProxy) match(r *http.Request) (fault, bool) {
 	}
 	p.requests = append(p.requests, r.Method+" "+path)
 	for _, f := range p.faults {
-		if (f.Method != "" && f.Method != r.Method) || (f.Path != nil && !f.Path.MatchString(path)) {
+		if (f.Method != "" && f.Method != r.Method) || (f.Path != nil && !f.Path.MatchString(path)) || (f.Header != "" && r.Header.Get(f.Header) == "") {
 			continue
 		}
 		if f.seen++; f.seen <= f.Skip || (f.Times != 0 && f.hits == f.Times) {

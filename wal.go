@@ -399,7 +399,17 @@ func archiveWALInTurn(ctx context.Context, s *Store, file, owner string, begun f
 	defer w.Abort()
 	send, stored := w.Close, w.size.Load
 	if asIs {
-		send = func() error { return s.put(ctx, key, io.NewSectionReader(f, 0, size), o) }
+		compressed()
+		sending, giveUp := context.WithCancel(ctx)
+		defer giveUp()
+		err := s.put(sending, key, &heldBack{io.NewSectionReader(f, 0, size), size, func() error {
+			if listing.Wait(); listErr != nil || len(there) > 0 {
+				giveUp() // or the request would be tried again
+				return context.Canceled
+			}
+			return nil
+		}}, o)
+		send = func() error { return err }
 		stored = func() int64 { return size }
 	} else {
 		read, err := compressFile(w, f, codec, s.walArchive.CompressionLevel)
@@ -475,6 +485,25 @@ func compressFile(w io.Writer, f *os.File, c *codec, level string) (string, erro
 		err = closeErr
 	}
 	return hexSum(sum), err
+}
+
+// heldBack is a body of size bytes whose end is read only after release has agreed: a request
+// may begin before it is known whether it should, and is void if it should not.
+type heldBack struct {
+	io.ReadSeeker
+	size    int64
+	release func() error
+}
+
+func (h *heldBack) Read(p []byte) (int, error) {
+	at, err := h.Seek(0, io.SeekCurrent)
+	if err == nil && at+int64(len(p)) >= h.size {
+		err = h.release()
+	}
+	if err != nil {
+		return 0, err
+	}
+	return h.ReadSeeker.Read(p)
 }
 
 // sameContent compares what the archive holds under a name with the local file, byte by

@@ -6,10 +6,12 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
+	"log"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -327,8 +329,8 @@ func TestArchiveLargeSegment(t *testing.T) {
 func TestArchiveBodyChecksum(t *testing.T) {
 	server, bucket := testS3(t), newBucket(t)
 	path := writeWAL(t, seg5, segment(seg5, mib, 7, 1))
-	stored := func(s *Store) *string {
-		h, err := s.client.HeadObject(t.Context(), &s3.HeadObjectInput{Bucket: &bucket, Key: aws.String(s.walPrefix(seg5)), ChecksumMode: s3types.ChecksumModeEnabled})
+	stored := func(s *Store, key string) *string {
+		h, err := s.client.HeadObject(t.Context(), &s3.HeadObjectInput{Bucket: &bucket, Key: &key, ChecksumMode: s3types.ChecksumModeEnabled})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -336,14 +338,28 @@ func TestArchiveBodyChecksum(t *testing.T) {
 	}
 	s := openTestStore(t, storeFile(t, server, bucket))
 	mustArchive(t, s, path)
-	if sum := stored(s); sum != nil {
+	if sum := stored(s, s.walPrefix(seg5)); sum != nil {
 		t.Errorf("the server, which may be one that refuses checksums, was sent %s", *sum)
 	}
+	mustArchive(t, s, writeWAL(t, seg6, segment(seg6, mib, 7, 1)))
+	compressed := openTestStore(t, storeFile(t, server, bucket, "wal: {compression: lz4}"))
+	for _, name := range []string{segmentName(1, 7, mib), segmentName(1, 8, mib)} {
+		mustArchive(t, compressed, writeWAL(t, name, segment(name, mib, 7, 1)))
+	}
+	for _, key := range []string{s.walPrefix(seg6), s.walPrefix(segmentName(1, 8, mib)) + ".lz4"} {
+		object, _ := server.read(t, bucket, key)
+		want := binary.BigEndian.AppendUint32(nil, crc32.Checksum(object, castagnoli))
+		if sum := aws.ToString(stored(s, key)); sum != base64.StdEncoding.EncodeToString(want) {
+			t.Errorf("%s: a server that had told a checksum unasked was sent %q", key, sum)
+		}
+		server.remove(t, bucket, key)
+	}
+	server.remove(t, bucket, s.walPrefix(segmentName(1, 7, mib))+".lz4")
 	server.remove(t, bucket, s.walPrefix(seg5))
 	t.Setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
 	s = openTestStore(t, storeFile(t, server, bucket))
 	mustArchive(t, s, path)
-	sum, err := base64.StdEncoding.DecodeString(aws.ToString(stored(s)))
+	sum, err := base64.StdEncoding.DecodeString(aws.ToString(stored(s, s.walPrefix(seg5))))
 	if _, metadata := server.read(t, bucket, s.walPrefix(seg5)); err != nil || hex.EncodeToString(sum) != metadata[contentSum] {
 		t.Errorf("the server has the checksum %x, %v; it was sent with %s", sum, err, metadata[contentSum])
 	}
@@ -358,6 +374,86 @@ func TestArchiveBodyChecksum(t *testing.T) {
 	if names := server.keys(t, bucket, ""); err == nil || !strings.Contains(err.Error(), "BadDigest") || len(names) != 2 {
 		t.Errorf("a file that changed between its readings: %v, %q", err, names)
 	}
+}
+
+// A server that tells checksums, but takes none, is not asked to again; the file is stored all the same.
+func TestArchiveChecksumRefused(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	proxy := startFaultProxy(t, server)
+	const header = "X-Amz-Checksum-Crc32c"
+	refused := proxy.add(fault{Method: http.MethodPut, Header: header, Do: answerError, Code: "InvalidArgument", HTTP: http.StatusBadRequest})
+	put := proxy.add(fault{Method: http.MethodPut, Do: delayRequest})
+	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+	for n := uint64(1); n <= 4; n++ {
+		name := segmentName(1, n, mib)
+		mustArchive(t, s, writeWAL(t, name, segment(name, mib, 7, n)))
+	}
+	if r, n := proxy.hits(refused), proxy.hits(put); r != 1 || n != 4 {
+		t.Errorf("%d requests with a checksum, %d without", r, n)
+	}
+	t.Setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required") // whoever says so has a reason
+	s = openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
+	for n := uint64(5); n <= 6; n++ {
+		name := segmentName(1, n, mib)
+		mustArchive(t, s, writeWAL(t, name, segment(name, mib, 7, n)))
+	}
+	if r := proxy.hits(refused); r != 1 {
+		t.Errorf("%d requests with a checksum", r)
+	}
+}
+
+// A file that goes as it is is on its way while the archive is asked for its name, and becomes
+// an object only if the answer is that there is none.
+func TestArchiveWhileListing(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	upstream, err := url.Parse(server.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begun, denied := make(chan struct{}, 9), atomic.Bool{}
+	forward := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(upstream); r.Out.Host = r.In.Host }, ErrorLog: log.New(io.Discard, "", 0)}
+	slow := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.Method {
+		case http.MethodPut:
+			begun <- struct{}{}
+		case http.MethodGet:
+			if !strings.Contains(r.URL.RawQuery, "list-type") {
+				break
+			}
+			select {
+			case <-begun:
+			case <-time.After(hang):
+				t.Error("nothing is sent before the archive has answered")
+			}
+			if denied.Load() {
+				w.WriteHeader(http.StatusForbidden)
+				io.WriteString(w, "<Error><Code>AccessDenied</Code></Error>")
+				return
+			}
+		}
+		forward.ServeHTTP(w, r)
+	}))
+	defer slow.Close()
+	ca := filepath.Join(testDir(t), "ca.crt")
+	mustWrite(t, ca, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: slow.Certificate().Raw})))
+	behind := s3Server{Endpoint: slow.URL, CAFile: ca, AccessKey: server.AccessKey, SecretKey: server.SecretKey}
+	s := openTestStore(t, storeFileAt(t, &behind, slow.URL, "s3://"+bucket))
+
+	content, other := segment(seg5, 16*mib, 7, 1), segment(seg6, 16*mib, 7, 1)
+	mustArchive(t, s, writeWAL(t, seg5, content))
+	mustArchive(t, openTestStore(t, storeFile(t, server, bucket, "wal: {compression: gzip}")), writeWAL(t, seg6, other))
+	mustArchive(t, s, writeWAL(t, seg5, content))
+	mustSay(t, archiveWAL(t.Context(), s, writeWAL(t, seg5, segment(seg5, 16*mib, 7, 2))), errDifferent, seg5)
+	mustSay(t, archiveWAL(t.Context(), s, writeWAL(t, seg6, segment(seg6, 16*mib, 7, 2))), errDifferent, seg6)
+	denied.Store(true)
+	name := segmentName(1, 9, 16*mib)
+	mustSay(t, archiveWAL(t.Context(), s, writeWAL(t, name, segment(name, 16*mib, 7, 1))), nil, name, "AccessDenied")
+	if keys := server.keys(t, bucket, ""); len(keys) != 2 {
+		t.Errorf("the archive has %q", keys)
+	}
+	direct := openTestStore(t, storeFile(t, server, bucket))
+	mustFetch(t, direct, seg5, content)
+	mustFetch(t, direct, seg6, other)
 }
 
 // A name that is taken is never overwritten with other content, whichever the compression suffix.
