@@ -1326,8 +1326,11 @@ func (r *objectReader) Read(p []byte) (n int, err error) {
 			return n, nil
 		case err == nil, err == io.EOF && r.offset == r.Size:
 			return 0, err
+		case r.body != nil && r.offset == r.Size: // all of it came: what is wrong is what the SDK has computed of it
+			r.err = fmt.Errorf("%w: %s: %w", errDamaged, r.store.URL(r.key), err)
+		default:
+			r.err = r.retry(err)
 		}
-		r.err = r.retry(err)
 	}
 	return 0, r.err
 }

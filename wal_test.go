@@ -917,6 +917,19 @@ func TestRestoreFindsFlippedBits(t *testing.T) {
 	}
 }
 
+// So is one in what is not of ours, where the SDK compares what it got with the server's checksum.
+func TestRestoreChecksumOfTheServer(t *testing.T) {
+	server, bucket := testS3(t), newBucket(t)
+	t.Setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_supported")
+	s := openTestStore(t, storeFile(t, server, bucket))
+	content := segment(seg5, 16*mib, 7, 1)
+	server.write(t, bucket, s.walPrefix(seg5), content)
+	mustFetch(t, s, seg5, content)
+	server.corrupt(t, bucket, s.walPrefix(seg5), 3*mib)
+	_, err := fetch(t, s, seg5)
+	mustSay(t, err, errDamaged, s.URL(s.walPrefix(seg5)), "checksum")
+}
+
 // PostgreSQL takes every error for the end of the archive, so failures are ridden out.
 func TestRestoreThroughFaults(t *testing.T) {
 	get := regexp.MustCompile(`/wals/0`) // the objects, not the listing
