@@ -292,14 +292,11 @@ func median(v []float64) float64 {
 // Processes
 // ---------------------------------------------------------------------------
 
-// checksums says in the environment whether the SDK sends them.
-const checksums = "AWS_REQUEST_CHECKSUM_CALCULATION"
-
-// command makes a command. Ours gets nothing else of what the others find in AWS_*: all is in its ObjectStore.
+// command makes a command. Ours gets nothing of what the others find in AWS_*: all is in its ObjectStore.
 func command(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command(name, args...)
 	if filepath.Base(name) == "cnpg-barman-s3" {
-		cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "AWS_") && !strings.HasPrefix(v, checksums) })
+		cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "AWS_") })
 	}
 	return cmd
 }
@@ -626,15 +623,14 @@ func (b *bench) sdk(args ...string) error {
 	return b.call(b.path("sdkalone"), append([]string{args[0], "bench"}, args[1:]...)...)
 }
 
-// sdkPlain is sdk that sends no checksums, as ours does to whatever is not AWS.
+// sdkPlain is sdk that sends no checksums, as ours with parts to whatever is not AWS.
 func (b *bench) sdkPlain(args ...string) error {
-	return b.call("env", append([]string{checksums + "=when_required", b.path("sdkalone"), args[0], "bench"}, args[1:]...)...)
+	return b.call("env", append([]string{"AWS_REQUEST_CHECKSUM_CALCULATION=when_required", b.path("sdkalone"), args[0], "bench"}, args[1:]...)...)
 }
 
 const (
 	ours, barman, pgbackrest = "cnpg-barman-s3 ", "Barman ", "pgBackRest "
 	sdk, sdkPlain            = "SDK alone", "SDK without checksums"
-	withChecksums            = "with checksums, none" // of ours
 )
 
 var barmanOption = map[string][]string{"none": nil, "gzip": {"--gzip"}, "bzip2": {"--bzip2"}}
@@ -683,9 +679,6 @@ func (b *bench) benchSegment() error {
 				return nil
 			}}
 		archive = append(archive, a)
-		if get == nil {
-			return
-		}
 		restore = append(restore, &action{name: name, rounds: rounds, sidecar: s, do: get,
 			after: func(round int) error {
 				defer os.Remove(fetched)
@@ -708,14 +701,6 @@ func (b *bench) benchSegment() error {
 		add(ours+codec, 0, s, "one-"+codec, func(n int) error { return s.call("archive", segment(n)) },
 			func(n int) error { return s.call("restore", filepath.Base(segment(n)), fetched) })
 	}
-	os.Setenv(checksums, "when_supported") // as the SDK alone has it
-	checked, err := b.startSidecar("one-checked", "one-checked", "none", 1)
-	os.Unsetenv(checksums)
-	if err != nil {
-		return err
-	}
-	defer b.stop(checked.process)
-	add(ours+withChecksums, 0, checked, "one-checked", func(n int) error { return checked.call("archive", segment(n)) }, nil)
 	for _, codec := range []string{"none", "gzip", "bzip2"} {
 		add(barman+codec, b.rounds, nil, "barman-"+codec,
 			func(n int) error {
@@ -732,7 +717,6 @@ func (b *bench) benchSegment() error {
 	}
 	add(sdk, 0, nil, "sdk", func(n int) error { return b.sdk("put", "sdk/"+filepath.Base(segment(n)), segment(n)) },
 		func(n int) error { return b.sdk("get", "sdk/"+filepath.Base(segment(n)), fetched) })
-	add(sdkPlain, 0, nil, "sdk-plain", func(n int) error { return b.sdkPlain("put", "sdk-plain/"+filepath.Base(segment(n)), segment(n)) }, nil)
 
 	rounds := min(2*b.rounds+1, len(b.wal)-1)
 	if err := b.measure(title+": archive", rounds, true, archive...); err != nil {
@@ -1073,8 +1057,6 @@ func (b *bench) targets() {
 		compare(archive, codec, barman, 0.15, "CPU s", cpu, 0)
 	}
 	compare(archive, "none", sdk, 1.1, "s", seconds, 0)
-	compare(archive, withChecksums, sdk, 1.1, "s", seconds, 0)
-	compare(archive, "none", sdkPlain, 1.1, "s", seconds, 0)
 	for _, codec := range codecs {
 		compare(restore, codec, barman, 0.1, "s", seconds, 0)
 		compare(restore, codec, peers[codec], 0.9, "s", seconds, 0)
