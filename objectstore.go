@@ -619,7 +619,7 @@ type Store struct {
 	// noBatchDelete is set when the server refused DeleteObjects as such.
 	noBatchDelete atomic.Bool
 	// tellsChecksums is set when the server answered with a checksum that nobody had asked for,
-	// and noChecksums when it refused ours in spite of that, or the environment decides.
+	// and noChecksums when it refused ours in spite of that, or the environment wants none.
 	tellsChecksums, noChecksums atomic.Bool
 	answered                    atomic.Bool  // as S3 does, at least once
 	certificateEnd              atomic.Int64 // of the server's TLS certificate, in Unix seconds; 0: not seen yet
@@ -745,6 +745,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		return nil, fmt.Errorf("load the S3 configuration from the environment: %w", err)
 	}
 	cfg.Region = cmp.Or(cfg.Region, "us-east-1")
+	s.noChecksums.Store(cfg.RequestChecksumCalculation == aws.RequestChecksumCalculationWhenRequired)
 	return s3.NewFromConfig(cfg, func(o *s3.Options) {
 		attempts := func(r *retry.StandardOptions) {
 			r.MaxAttempts, r.MaxBackoff = cmp.Or(cfg.RetryMaxAttempts, maxAttempts), maxBackoff
@@ -767,8 +768,6 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 			// Many S3-compatible servers refuse the checksums that the SDK adds by default.
 			if os.Getenv("AWS_REQUEST_CHECKSUM_CALCULATION") == "" {
 				o.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
-			} else {
-				s.noChecksums.Store(true) // none but those
 			}
 			if os.Getenv("AWS_RESPONSE_CHECKSUM_VALIDATION") == "" {
 				o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
@@ -1267,6 +1266,7 @@ type objectReader struct {
 	key      string
 	etag     *string
 	offset   int64
+	resumed  bool
 	failures int // since the last byte that came
 	broke    time.Time
 	patience time.Duration // for how long it is opened again, if that is longer than maxAttempts take
@@ -1300,7 +1300,7 @@ func (r *objectReader) open() error {
 		cancel()
 		return r.store.wrap("get", r.key, err)
 	}
-	if r.offset == 0 {
+	if r.resumed = r.offset > 0; !r.resumed {
 		r.Size, r.Metadata, r.etag = aws.ToInt64(out.ContentLength), out.Metadata, out.ETag
 	}
 	r.body, r.cancel, r.watchdog = out.Body, cancel, watchdog
@@ -1326,7 +1326,7 @@ func (r *objectReader) Read(p []byte) (n int, err error) {
 			return n, nil
 		case err == nil, err == io.EOF && r.offset == r.Size:
 			return 0, err
-		case r.body != nil && r.offset == r.Size: // all of it came: what is wrong is what the SDK has computed of it
+		case r.body != nil && !r.resumed && r.Size > 0 && r.offset == r.Size: // all of it came, and the SDK has computed something else
 			r.err = fmt.Errorf("%w: %s: %w", errDamaged, r.store.URL(r.key), err)
 		default:
 			r.err = r.retry(err)
@@ -1541,11 +1541,11 @@ func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOp
 	if sum != nil && (offered || s.sendsChecksums()) {
 		input.ChecksumCRC32C = aws.String(base64.StdEncoding.EncodeToString(sum.Sum(nil)))
 	}
-	send := func(condition *string) error {
+	once := func() error {
 		if _, err := body.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
-		input.IfNoneMatch, input.Body = condition, body
+		input.Body = body
 		out, err := s.client.PutObject(ctx, input)
 		if err == nil && out.ETag == nil {
 			err = errNotS3
@@ -1555,14 +1555,22 @@ func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOp
 		}
 		return s.wrap("put", key, err)
 	}
-	err := s.conditionally(o.IfAbsent, send)
-	if err != nil && offered && ctx.Err() == nil && !errors.Is(err, errTransient) && !errors.Is(err, errPrecondition) {
+	return s.conditionally(o.IfAbsent, func(condition *string) error {
+		input.IfNoneMatch = condition
+		err := once()
+		if err == nil || !offered || input.ChecksumCRC32C == nil || ctx.Err() != nil || errors.Is(err, errPrecondition) {
+			return err
+		}
+		if errors.Is(err, errTransient) {
+			s.tellsChecksums.Store(false) // until it tells one again: the next attempt is not to fail for the same reason
+			return err
+		}
 		input.ChecksumCRC32C = nil
-		if err = s.conditionally(o.IfAbsent, send); err == nil {
+		if err = once(); err == nil {
 			s.noChecksums.Store(true)
 		}
-	}
-	return err
+		return err
+	})
 }
 
 // sendsChecksums says whether the server gets a checksum with what is sent: AWS does, others if they are told so.

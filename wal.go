@@ -376,8 +376,9 @@ func archiveWALInTurn(ctx context.Context, s *Store, file, owner string, begun f
 	}
 	var sum string
 	// Parts are sent before the end of the file is seen, and S3 wants metadata first. A file
-	// that is sent as it is, in one request, is read twice rather than kept in memory.
-	parts, asIs := size > walSinglePut, codec.name == "" && size <= walSinglePut
+	// that is sent as it is, in one request, is read twice rather than kept in memory. (An empty
+	// one has no end that could be held back.)
+	parts, asIs := size > walSinglePut, codec.name == "" && size > 0 && size <= walSinglePut
 	if parts || asIs {
 		read := crc32.New(castagnoli)
 		if _, err = io.CopyBuffer(read, struct{ io.Reader }{f}, make([]byte, copyBufferSize)); err == nil {
