@@ -618,11 +618,12 @@ type Store struct {
 	conditionsRefused atomic.Int32
 	// noBatchDelete is set when the server refused DeleteObjects as such.
 	noBatchDelete atomic.Bool
-	// tellsChecksums is set when the server answered with a checksum that nobody had asked for,
-	// and noChecksums when it refused ours in spite of that, or the environment wants none.
-	tellsChecksums, noChecksums atomic.Bool
-	answered                    atomic.Bool  // as S3 does, at least once
-	certificateEnd              atomic.Int64 // of the server's TLS certificate, in Unix seconds; 0: not seen yet
+	// tellsChecksums is set when the server answered with a checksum that nobody had asked for.
+	tellsChecksums atomic.Bool
+	// checksumsRefused is how often in a row it failed with ours; maxRefusals: it gets none any more.
+	checksumsRefused atomic.Int32
+	answered         atomic.Bool  // as S3 does, at least once
+	certificateEnd   atomic.Int64 // of the server's TLS certificate, in Unix seconds; 0: not seen yet
 }
 
 // OpenStore makes the S3 client for a configuration. It sends nothing.
@@ -745,7 +746,9 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		return nil, fmt.Errorf("load the S3 configuration from the environment: %w", err)
 	}
 	cfg.Region = cmp.Or(cfg.Region, "us-east-1")
-	s.noChecksums.Store(cfg.RequestChecksumCalculation == aws.RequestChecksumCalculationWhenRequired)
+	if cfg.RequestChecksumCalculation == aws.RequestChecksumCalculationWhenRequired {
+		s.checksumsRefused.Store(maxRefusals)
+	}
 	return s3.NewFromConfig(cfg, func(o *s3.Options) {
 		attempts := func(r *retry.StandardOptions) {
 			r.MaxAttempts, r.MaxBackoff = cmp.Or(cfg.RetryMaxAttempts, maxAttempts), maxBackoff
@@ -1531,7 +1534,7 @@ func (s *Store) Put(ctx context.Context, key string, content []byte, o putOption
 func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOptions) error {
 	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata}
 	input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = s.encryptionAndTags(o)
-	sum, offered := o.Body, !s.sendsChecksums() && s.tellsChecksums.Load() && !s.noChecksums.Load()
+	sum, offered := o.Body, !s.sendsChecksums() && s.tellsChecksums.Load() && s.checksumsRefused.Load() < maxRefusals
 	if sum == nil && offered {
 		sum = crc32.New(castagnoli)
 		if _, err := io.Copy(sum, body); err != nil {
@@ -1558,16 +1561,21 @@ func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOp
 	return s.conditionally(o.IfAbsent, func(condition *string) error {
 		input.IfNoneMatch = condition
 		err := once()
-		if err == nil || !offered || input.ChecksumCRC32C == nil || ctx.Err() != nil || errors.Is(err, errPrecondition) {
+		switch {
+		case !offered || input.ChecksumCRC32C == nil || errors.Is(err, errPrecondition):
 			return err
-		}
-		if errors.Is(err, errTransient) {
-			s.tellsChecksums.Store(false) // until it tells one again: the next attempt is not to fail for the same reason
+		case err == nil:
+			s.checksumsRefused.Store(0)
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, errTransient): // it may be meant for the checksum all the same, if it goes on like that
+			s.checksumsRefused.Add(1)
 			return err
 		}
 		input.ChecksumCRC32C = nil
-		if err = once(); err == nil {
-			s.noChecksums.Store(true)
+		if err = once(); err == nil || errors.Is(err, errPrecondition) {
+			s.checksumsRefused.Store(maxRefusals)
 		}
 		return err
 	})

@@ -408,17 +408,19 @@ func TestArchiveChecksumRefused(t *testing.T) {
 			}
 		})
 	}
-	// What looks like a passing failure may be none: the next attempt goes without.
+	// What looks like a passing failure may be none: that ends too.
 	proxy.clear()
-	proxy.add(fault{Method: http.MethodPut, Header: "X-Amz-Checksum-Crc32c", Do: answerError, Code: "SlowDown", HTTP: http.StatusServiceUnavailable})
+	failing := proxy.add(fault{Method: http.MethodPut, Header: "X-Amz-Checksum-Crc32c", Do: answerError, Code: "BadDigest", HTTP: http.StatusBadRequest})
 	s := openTestStore(t, storeFileAt(t, server, proxy.Endpoint, "s3://"+bucket))
 	if err := archive(s); err != nil {
 		t.Fatal(err)
 	}
-	mustSay(t, archive(s), errTransient, "SlowDown")
-	n--
-	if err := archive(s); err != nil {
-		t.Error(err)
+	for range maxRefusals {
+		mustSay(t, archive(s), errTransient, "BadDigest")
+	}
+	before := proxy.hits(failing)
+	if err := errors.Join(archive(s), archive(s)); err != nil || proxy.hits(failing) != before {
+		t.Errorf("%v; %d requests with a checksum, and then %d", err, before, proxy.hits(failing))
 	}
 }
 
