@@ -573,6 +573,7 @@ func TestBackupOfStandby(t *testing.T) {
 		}
 	}
 	primary.Exec("CHECKPOINT")
+	caughtUp(t, standby, primary)
 	standby.Exec("CHECKPOINT") // a restartpoint
 
 	store := testStoreFile(t, file, "main")
@@ -637,6 +638,14 @@ func TestBackupOfStandby(t *testing.T) {
 	}
 }
 
+// caughtUp waits until a standby has replayed what its primary has written.
+func caughtUp(t testing.TB, standby, primary *postgres) {
+	t.Helper()
+	waitFor(t, "the standby", func() bool {
+		return standby.Query("SELECT pg_last_wal_replay_lsn()") == primary.Query("SELECT pg_current_wal_flush_lsn()")
+	})
+}
+
 // A primary that is behind with archiving comes to the WAL of a standby's backup in the end: what
 // it archives meanwhile is seen in the archive.
 func TestBackupOfStandbyBehindBacklog(t *testing.T) {
@@ -645,26 +654,21 @@ func TestBackupOfStandbyBehindBacklog(t *testing.T) {
 	primary := startPostgres(t, pgOptions{ArchiveCommand: "false"})
 	primary.Exec("CREATE TABLE t AS SELECT 1 AS a")
 	standby := startPostgres(t, pgOptions{StandbyOf: primary, ArchiveCommand: "false"})
-	const backlog = 5
+	const backlog = 8
 	for range backlog {
 		primary.Exec("INSERT INTO t VALUES (2)")
 		primary.SwitchWAL()
 	}
 	primary.Exec("CHECKPOINT")
-	caughtUp := func() {
-		waitFor(t, "the standby", func() bool {
-			return standby.Query("SELECT pg_last_wal_replay_lsn()") == primary.Query("SELECT pg_current_wal_flush_lsn()")
-		})
-	}
-	caughtUp()
+	caughtUp(t, standby, primary)
 	standby.Exec("CHECKPOINT")
 	primary.SwitchWAL() // the backup needs a segment that is complete, and the beginning of another one
 	primary.Exec("INSERT INTO t VALUES (3)")
-	caughtUp()
+	caughtUp(t, standby, primary)
 	primary.Exec("ALTER SYSTEM SET archive_command = 'sleep 2; " + archivingTo(t, file) + "'")
 	primary.Exec("SELECT pg_reload_conf()")
 	store := testStoreFile(t, file, "main")
-	info := mustBackUp(t, store, standby, backupOptions{StandbyPatience: time.Second, WALTimeout: 5 * time.Second})
+	info := mustBackUp(t, store, standby, backupOptions{StandbyPatience: time.Second, WALTimeout: 12 * time.Second})
 	if n := len(s.keys(t, bucket, "main/wals/")); n < backlog {
 		t.Errorf("the backlog of %d files is %d in the archive: there was none to wait for", backlog, n)
 	}
@@ -981,7 +985,7 @@ func TestBackupNeedsItsWAL(t *testing.T) {
 	p := startPostgres(t, pgOptions{ArchiveCommand: "false"})
 	first := p.Query("SELECT pg_walfile_name(pg_current_wal_lsn())")
 	log := captureLog(t)
-	o := backupOptions{Connection: p.connection(), FastCheckpoint: true, WALTimeout: 2 * time.Second, ReportEvery: time.Second}
+	o := backupOptions{Connection: p.connection(), FastCheckpoint: true, WALTimeout: 5 * time.Second, ReportEvery: 100 * time.Millisecond}
 	_, err := takeBackup(t.Context(), store, o)
 	if !errors.Is(err, errWALMissing) || !strings.Contains(err.Error(), first) || !strings.Contains(err.Error(), "pg_stat_archiver") {
 		t.Errorf("a backup whose WAL is not archived: %v; want %s named", err, first)
@@ -1366,7 +1370,7 @@ func TestNextBackupID(t *testing.T) {
 
 	// A reservation that arrives late does not take the id of a backup that has ended meanwhile.
 	proxy := startFaultProxy(t, s)
-	late := proxy.add(fault{Method: "PUT", Path: regexp.MustCompile("reserved"), Times: 1, Do: delayRequest, Delay: time.Second})
+	late := proxy.add(fault{Method: "PUT", Path: regexp.MustCompile("reserved"), Times: 1, Do: delayRequest, Delay: 5 * time.Second})
 	written := make(chan string, 1)
 	go func() {
 		waitFor(t, "the reservation", func() bool { return proxy.hits(late) == 1 })

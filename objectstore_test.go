@@ -27,6 +27,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 )
 
@@ -539,7 +540,7 @@ func TestWriterLeavesNothing(t *testing.T) {
 func TestWriterCancelledAtTheBeginning(t *testing.T) {
 	s, bucket := testS3(t), newBucket(t)
 	proxy := startFaultProxy(t, s)
-	late := proxy.add(fault{Method: "POST", Path: regexp.MustCompile(`uploads`), Do: delayReply, Delay: time.Second, Times: 1})
+	late := proxy.add(fault{Method: "POST", Path: regexp.MustCompile(`uploads`), Do: delayReply, Delay: 5 * time.Second, Times: 1})
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	w := testStoreAt(t, s, proxy.Endpoint, bucket, "main").NewWriter(ctx, "key", putOptions{PartSize: minPartSize})
@@ -801,33 +802,35 @@ func TestConditionsRefused(t *testing.T) {
 // A connection has as long for its reply from the end of the request on, however long that takes
 // and however long it was idle before.
 func TestStalledConnection(t *testing.T) {
-	ours, theirs := net.Pipe()
-	defer theirs.Close()
-	c := &stallConn{Conn: ours, in: bufio.NewReader(ours), read: 400 * time.Millisecond, write: time.Minute}
-	defer c.Close()
-	reply := make(chan error, 1)
-	read := func() { // as the HTTP transport does from the moment that a connection is idle
-		_, err := c.Read(make([]byte, 1))
-		reply <- err
-	}
-	go read()
-	go io.CopyN(io.Discard, theirs, 10)
-	for range 10 {
-		time.Sleep(100 * time.Millisecond)
-		if _, err := c.Write([]byte("x")); err != nil {
-			t.Fatal(err)
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := net.Pipe()
+		defer theirs.Close()
+		c := &stallConn{Conn: ours, in: bufio.NewReader(ours), read: 400 * time.Millisecond, write: time.Minute}
+		defer c.Close()
+		reply := make(chan error, 1)
+		read := func() { // as the HTTP transport does from the moment that a connection is idle
+			_, err := c.Read(make([]byte, 1))
+			reply <- err
 		}
-	}
-	time.Sleep(100 * time.Millisecond)
-	go theirs.Write([]byte("y"))
-	if err := <-reply; err != nil {
-		t.Errorf("a slow request that was answered at once: %v", err)
-	}
-	start := time.Now()
-	go read()
-	if err := <-reply; !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) > 10*time.Second {
-		t.Errorf("no reply: %v after %s", err, time.Since(start))
-	}
+		go read()
+		go io.CopyN(io.Discard, theirs, 10)
+		for range 10 {
+			time.Sleep(100 * time.Millisecond)
+			if _, err := c.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
+		go theirs.Write([]byte("y"))
+		if err := <-reply; err != nil {
+			t.Errorf("a slow request that was answered at once: %v", err)
+		}
+		start := time.Now()
+		go read()
+		if err := <-reply; !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) > 10*time.Second {
+			t.Errorf("no reply: %v after %s", err, time.Since(start))
+		}
+	})
 }
 
 // A reader gets the whole object or an error.

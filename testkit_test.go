@@ -51,7 +51,7 @@ import (
 )
 
 // hang is how long the kit waits before it calls something hung.
-const hang = 60 * time.Second
+const hang = 3 * time.Minute
 
 // testRoot holds everything that the tests of this process write. Unlike t.TempDir,
 // every user may pass through it: PostgreSQL does not run as root.
