@@ -1528,9 +1528,9 @@ func (s *Store) Put(ctx context.Context, key string, content []byte, o putOption
 	return s.put(ctx, key, bytes.NewReader(content), o)
 }
 
-// put stores an object, which body has from its beginning on, in one request. A server that gets no checksum and tells one all the
-// same has computed it: from then on it gets one with each request, so that it finds what
-// changed on the way, and has less to do.
+// put stores an object, which body has from its beginning on, in one request. A server that gets
+// no checksum and tells one all the same has computed it: from then on it gets one with each
+// request, so that it finds what changed on the way, and has less to do.
 func (s *Store) put(ctx context.Context, key string, body io.ReadSeeker, o putOptions) error {
 	input := &s3.PutObjectInput{Bucket: &s.bucket, Key: &key, Metadata: o.Metadata}
 	input.ServerSideEncryption, input.SSEKMSKeyId, input.Tagging = s.encryptionAndTags(o)
