@@ -746,7 +746,7 @@ func (s *Store) newClient(ctx context.Context) (*s3.Client, error) {
 		return nil, fmt.Errorf("load the S3 configuration from the environment: %w", err)
 	}
 	cfg.Region = cmp.Or(cfg.Region, "us-east-1")
-	if cfg.RequestChecksumCalculation == aws.RequestChecksumCalculationWhenRequired {
+	if cfg.RequestChecksumCalculation == aws.RequestChecksumCalculationWhenRequired { // the environment, or its profile, wants none
 		s.checksumsRefused.Store(maxRefusals)
 	}
 	return s3.NewFromConfig(cfg, func(o *s3.Options) {
@@ -1269,8 +1269,8 @@ type objectReader struct {
 	key      string
 	etag     *string
 	offset   int64
-	resumed  bool
-	failures int // since the last byte that came
+	resumed  bool // the body begins in the middle
+	failures int  // since the last byte that came
 	broke    time.Time
 	patience time.Duration // for how long it is opened again, if that is longer than maxAttempts take
 	err      error         // that ended the reading: some decompressors ask again and again
